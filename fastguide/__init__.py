@@ -1,0 +1,54 @@
+"""fastguide steers language models while they decode.
+
+At every step it takes the base model's top-k next tokens, asks value or reward models how good
+each continuation is, folds the scores into the base distribution and samples.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fastguide.config import ARGS as ARGS, VAS as VAS, Plain as Plain
+    from fastguide.engine import Engine as Engine
+    from fastguide.guides import (
+        FunctionGuide as FunctionGuide,
+        RewardGuide as RewardGuide,
+        ValueGuide as ValueGuide,
+    )
+    from fastguide.request import (
+        Completion as Completion,
+        GenerationError as GenerationError,
+        Piece as Piece,
+        SamplingParams as SamplingParams,
+    )
+    from fastguide.scorer import TreeScorer as TreeScorer
+
+# Names are imported when they are first used: `fastguide --help` must not wait for torch.
+_HOME = {
+    "ARGS": "config",
+    "VAS": "config",
+    "Plain": "config",
+    "Engine": "engine",
+    "FunctionGuide": "guides",
+    "RewardGuide": "guides",
+    "ValueGuide": "guides",
+    "Completion": "request",
+    "GenerationError": "request",
+    "Piece": "request",
+    "SamplingParams": "request",
+    "TreeScorer": "scorer",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"fastguide.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'fastguide' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,39 @@
+"""Packaged models and guides: the small story model and the guides trained on it.
+
+A packaged name is the name of a folder beside this file: ``stories`` (a language model),
+``cheerful`` and ``brief`` (value guides for it). This module uses the standard library only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent
+
+
+def names() -> list[str]:
+    """Sorted names of the packaged folders."""
+    return sorted(
+        entry.name
+        for entry in _ROOT.iterdir()
+        if (entry / "config.json").is_file() or (entry / "guide_config.json").is_file()
+    )
+
+
+def packaged(name: str) -> Path:
+    """Folder of the packaged model or guide ``name``; ValueError when there is none."""
+    if name not in names():
+        raise ValueError(f"no packaged model is called {name!r}; there are {', '.join(names())}")
+    return _ROOT / name
+
+
+def resolve(name_or_path: str | Path) -> str:
+    """The packaged folder when ``name_or_path`` is a packaged name, else the argument itself.
+
+    A local path of that name wins over the packaged folder; anything else (a path, a hub id) is
+    returned unchanged, as a string.
+    """
+    text = str(name_or_path)
+    if text in names() and not Path(text).exists():
+        return str(_ROOT / text)
+    return text

@@ -1,0 +1,129 @@
+"""Rules: how guide scores change the base distribution. Plain data, no tensors.
+
+A rule *lowers* to five numbers per row before a step (``RowParameters``); kernels never see a
+rule or a guide. To add a rule, add a dataclass here with ``k``, ``guided`` and ``lower``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Union
+
+MAX_CANDIDATES = 256
+"""Most candidates a rule may ask for, and what the kernels are built for."""
+
+FILLS = ("mean", "none", "drop")
+"""Fill modes; the index of a name is its code in ``kernels.reference.FILL_*``."""
+
+
+class RowParameters(NamedTuple):
+    """What a rule is to the sampling kernel (see ``kernels.reference.guide_sample``)."""
+
+    k: int
+    scale: float
+    weight: float
+    fill: int
+    greedy: bool
+    inv_temperature: float
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; allowed are finite numbers")
+
+
+def _check_k(k: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_CANDIDATES:
+        raise ValueError(f"k is {k!r}; allowed are whole numbers from 1 to {MAX_CANDIDATES}")
+
+
+def _temperature(temperature: float) -> tuple[bool, float]:
+    """(greedy, 1/temperature); greedy decoding reads the distribution at temperature 1."""
+    return (True, 1.0) if temperature == 0 else (False, 1.0 / temperature)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The base model's own distribution; guides are not asked."""
+
+    k: int = 20
+    """How many tokens one pass over the vocabulary extracts; the tokens drawn do not depend on it."""
+
+    guided = False
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
+    def lower(self, temperature: float) -> RowParameters:
+        """Parameters of a row at a sampling temperature (0 is greedy)."""
+        greedy, inverse = _temperature(temperature)
+        return RowParameters(self.k, 1.0, 0.0, 0, greedy, inverse)
+
+
+@dataclass(frozen=True)
+class VAS:
+    """Value Augmented Sampling, eq. 4: ``π(x) ∝ π₀(x)·exp(β·V(s ⊕ x))`` on the top-k tokens.
+
+    Attributes:
+        beta: strength; 0 is the base model, negative values steer away.
+        k: how many tokens are scored.
+        fill: the value of all other tokens: ``mean`` of the candidates' (eq. 4), ``none`` for 0
+            (the paper's ablation), ``drop`` to forbid them.
+    """
+
+    beta: float = 1.0
+    k: int = 20
+    fill: Literal["mean", "none", "drop"] = "mean"
+
+    guided = True
+
+    def __post_init__(self) -> None:
+        _check_number("beta", self.beta)
+        _check_k(self.k)
+        if self.fill not in FILLS:
+            raise ValueError(f"fill is {self.fill!r}; allowed are {', '.join(FILLS)}")
+
+    def lower(self, temperature: float) -> RowParameters:
+        """Parameters of a row at a sampling temperature (0 is greedy)."""
+        greedy, inverse = _temperature(temperature)
+        return RowParameters(self.k, 1.0, self.beta, FILLS.index(self.fill), greedy, inverse)
+
+
+@dataclass(frozen=True)
+class ARGS:
+    """Alignment as Reward-Guided Search: the score of a candidate adds its reward.
+
+    ``additive``: ``log π₀ + w·r`` (the published code); ``interpolated``: ``(1 − w)·log π₀ + w·r``
+    (the summary). Tokens outside the top-k are dropped. Temperature 0 takes the best candidate
+    (ARGS-greedy); above it samples from the softmax of score / temperature (ARGS-stochastic).
+
+    Attributes:
+        weight: ``w``; from 0 to 1 when interpolated.
+        k: how many tokens are scored.
+        form: ``additive`` or ``interpolated``.
+    """
+
+    weight: float = 1.5
+    k: int = 10
+    form: Literal["additive", "interpolated"] = "additive"
+
+    guided = True
+
+    def __post_init__(self) -> None:
+        _check_number("weight", self.weight)
+        _check_k(self.k)
+        if self.form not in ("additive", "interpolated"):
+            raise ValueError(f"form is {self.form!r}; allowed are additive, interpolated")
+        if self.form == "interpolated" and not 0 <= self.weight <= 1:
+            raise ValueError(f"weight is {self.weight!r}; allowed when interpolated is 0 to 1")
+
+    def lower(self, temperature: float) -> RowParameters:
+        """Parameters of a row at a sampling temperature (0 is greedy)."""
+        greedy, inverse = _temperature(temperature)
+        scale = 1.0 - self.weight if self.form == "interpolated" else 1.0
+        weight = self.weight * inverse
+        return RowParameters(self.k, scale, weight, FILLS.index("drop"), greedy, inverse)
+
+
+Rule = Union[Plain, VAS, ARGS]

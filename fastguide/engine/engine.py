@@ -1,0 +1,312 @@
+"""The engine: load a policy and guides, generate guided completions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from fastguide.assets import names as packaged_names
+from fastguide.config import Rule
+from fastguide.engine.requests import Limits, Request, Sample, build_request, per_prompt
+from fastguide.engine.runner import Runner
+from fastguide.engine.scheduler import Scheduler
+from fastguide.engine.text import Prompt, TextStream, as_prompts, encode
+from fastguide.guides import Guide, LoadContext, ValueGuide
+from fastguide.models.loading import (
+    load_policy,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+)
+from fastguide.request import Completion, GenerationError, Piece, SamplingParams
+
+DEFAULT_MODEL = "stories"
+"""The packaged model that ``Engine()`` loads, with every packaged guide."""
+
+
+class Engine:
+    """A language model that guides steer while it decodes.
+
+    >>> engine = Engine("path-or-hub-id", guides={"cheerful": ValueGuide("path-or-hub-id")})
+    >>> outputs = engine.generate(["Once upon a time"], rule=VAS(beta=4.0, k=20))
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        guides: Mapping[str, Guide] | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        max_rows: int = 64,
+    ) -> None:
+        """Load the policy and its guides.
+
+        Args:
+            model: hub id, local path or packaged name of a causal decoder. None: the packaged
+                model, and its guides unless ``guides`` says otherwise.
+            guides: by name; requests weigh them by these names.
+            dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each checkpoint's.
+            device: None picks CUDA where there is one.
+            trust_remote_code: run code shipped with checkpoints.
+            allow_pickle: also load weights that are not safetensors.
+            max_rows: most samples that decode together; the others wait.
+
+        Raises:
+            ValueError: for weights that are missing, corrupt, unsupported or do not fit together.
+        """
+        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows!r}; allowed are whole numbers from 1")
+        if guides is None:
+            others = [n for n in packaged_names() if n != DEFAULT_MODEL]
+            guides = {name: ValueGuide(name) for name in others} if model is None else {}
+        path = DEFAULT_MODEL if model is None else model
+        where = resolve_device(device)
+        wanted = resolve_dtype(dtype)
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        policy = load_policy(
+            path,
+            dtype=dtype,
+            device=where,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        context = LoadContext(
+            tokenizer=self.tokenizer,
+            device=where,
+            dtype=wanted if isinstance(wanted, torch.dtype) else None,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        scorers = {name: guide.load(context) for name, guide in guides.items()}
+        self.runner = Runner(policy, scorers)
+        self.max_rows = max_rows
+        config = policy.model.config.get_text_config()
+        self.limits = Limits(
+            vocabulary=config.vocab_size,
+            context=policy.context,
+            guide_contexts={name: scorer.context for name, scorer in scorers.items()},
+        )
+        self._end_tokens = self._find_end_tokens()
+
+    @property
+    def guides(self) -> list[str]:
+        """Names of the loaded guides."""
+        return list(self.runner.scorers)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        rule: Rule | Sequence[Rule | None] | None = None,
+        weights: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        errors: str = "raise",
+        progress: bool | None = None,
+    ) -> list[Completion]:
+        """Complete all prompts; completions come in the order of the prompts, n for each.
+
+        Args:
+            prompts: texts, token-id lists or chats; a single one is allowed.
+            rule: how guides steer, per call or one per prompt; None is plain decoding.
+            weights: of guides by name, per call or one per prompt; None weighs each guide 1.
+            sampling: per call or one per prompt.
+            errors: ``raise``: finish every other request, then raise with all outputs attached;
+                ``return``: give failed requests as completions with ``finish_reason="error"``.
+            progress: a progress bar on standard error; None shows one for batches on terminals.
+
+        Raises:
+            GenerationError: a ``ValueError`` whose ``outputs`` holds what was finished.
+        """
+        if errors not in ("raise", "return"):
+            raise ValueError(f"errors is {errors!r}; allowed are raise, return")
+        listed = as_prompts(prompts)
+        done: list[Completion] = []
+        with _progress(progress, len(listed), sampling) as advance:
+            for completion in self.completions(listed, rule, weights, sampling):
+                done.append(completion)
+                advance()
+        done.sort(key=lambda c: (c.prompt, c.sample))
+        if errors == "raise" and any(c.finish_reason == "error" for c in done):
+            raise GenerationError(done)
+        return done
+
+    def completions(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        rule: Rule | Sequence[Rule | None] | None = None,
+        weights: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Completion]:
+        """Completions as they finish, in no fixed order; arguments as in ``generate``.
+
+        An interrupt (Ctrl-C) gives what was done so far, as completions with
+        ``finish_reason="aborted"``, and is raised again after them.
+        """
+        for sample in self._decode(as_prompts(prompts), rule, weights, sampling):
+            if isinstance(sample, Completion):
+                yield sample
+            elif sample.completion.finish_reason is not None:
+                yield sample.completion
+
+    def stream(
+        self,
+        prompt: Prompt,
+        rule: Rule | None = None,
+        weights: Mapping[str, float] | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Iterator[Piece]:
+        """Pieces of one prompt's completions as they are decoded; arguments as in ``generate``.
+
+        Joined, the pieces of a sample are exactly the text that ``generate`` gives.
+
+        Raises:
+            GenerationError: if the request fails.
+        """
+        for sample in self._decode([prompt], rule, weights, sampling):
+            if isinstance(sample, Completion):
+                raise GenerationError([sample])
+            done = sample.completion.finish_reason is not None
+            if sample.completion.finish_reason == "error":
+                raise GenerationError([sample.completion])
+            text = sample.text.take(final=done)
+            if text or done:
+                yield Piece(text, sample.completion.sample, sample.completion if done else None)
+
+    def _decode(
+        self,
+        prompts: list[Prompt],
+        rule: Rule | Sequence[Rule | None] | None,
+        weights: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> Iterator[Sample | Completion]:
+        """The decode loop: every sample after each of its steps; refused requests as completions."""
+        count = len(prompts)
+        rules = per_prompt("rule", rule, count)
+        weighings = per_prompt("weights", weights, count)
+        samplings = per_prompt("sampling", sampling, count)
+        requests: list[Request] = []
+        for i, prompt in enumerate(prompts):
+            try:
+                tokens = encode(self.tokenizer, prompt)
+                requests.append(
+                    build_request(i, tokens, rules[i], weighings[i], samplings[i], self.limits)
+                )
+            except ValueError as error:
+                where = f"prompt {i}: " if count > 1 else ""
+                yield Completion(i, 0, finish_reason="error", error=f"{where}{error}")
+        scheduler = Scheduler(requests, self.max_rows)
+        try:
+            while not scheduler.done:
+                for request in scheduler.admit():
+                    if failed := self._open(request):
+                        scheduler.running.remove(request)
+                        yield failed
+                alive = [
+                    sample
+                    for request in scheduler.running
+                    for sample in request.samples
+                    if sample.completion.finish_reason is None
+                ]
+                if alive:
+                    self._step(alive)
+                    yield from alive
+                scheduler.running = [r for r in scheduler.running if r.rows]
+        except KeyboardInterrupt:
+            for request in scheduler.running:
+                for sample in request.samples:
+                    if sample.completion.finish_reason is None:
+                        sample.finish("aborted")
+                        yield sample
+            raise
+        finally:
+            for request in scheduler.running:
+                for sample in request.samples:
+                    sample.row.close()
+
+    def _open(self, request: Request) -> Completion | None:
+        """Prefill a request and start its samples; the failed completion if that cannot be done."""
+        request.started = time.perf_counter()
+        try:
+            rows = self.runner.open(
+                request.tokens, request.parameters, request.weights, request.seeds
+            )
+        except ValueError as error:
+            return Completion(request.index, 0, finish_reason="error", error=str(error))
+        for i, row in enumerate(rows):
+            text = TextStream(self.tokenizer, request.tokens, request.sampling.stop)  # type: ignore[arg-type]
+            completion = Completion(
+                request.index, i, seed=row.seed, prompt_tokens=len(request.tokens)
+            )
+            request.samples.append(Sample(request, row, text, completion))
+        return None
+
+    def _step(self, samples: list[Sample]) -> None:
+        """One token for every sample; ends those that are complete or have failed."""
+        step, scores = self.runner.step([sample.row for sample in samples])
+        for i, sample in enumerate(samples):
+            sampling = sample.request.sampling
+            if sample.row.error is not None:
+                where = f"prompt {sample.request.index}, sample {sample.completion.sample}: "
+                sample.finish("error", where + sample.row.error)
+                continue
+            token, done = step.tokens[i], sample.completion
+            done.token_ids.append(token)
+            done.logprobs.append(step.logprobs[i])
+            done.base_logprobs.append(step.base_logprobs[i])
+            done.kl.append(step.kl[i])
+            done.scores.append(scores[i])
+            ends = token in self._end_tokens and not sampling.ignore_eos
+            ends = ends or token in sampling.stop_token_ids
+            if ends or sample.text.add(token):
+                sample.finish("stop")
+            elif len(done.token_ids) >= sample.request.max_tokens:
+                sample.finish("length")
+
+    def _find_end_tokens(self) -> frozenset[int]:
+        model = self.runner.policy.model
+        found: set[int] = set()
+        for source in (getattr(model, "generation_config", None), model.config, self.tokenizer):
+            ids = getattr(source, "eos_token_id", None)
+            if ids is not None:
+                found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+        return frozenset(found)
+
+
+@contextlib.contextmanager
+def _progress(
+    wanted: bool | None,
+    prompts: int,
+    sampling: SamplingParams | Sequence[SamplingParams] | None,
+) -> Iterator[object]:
+    """A callable that notes one finished completion, on a bar where one is wanted."""
+    per = (
+        sampling
+        if isinstance(sampling, (list, tuple))
+        else [sampling or SamplingParams()] * prompts
+    )
+    total = sum(getattr(s, "n", 1) for s in per)
+    show = sys.stderr.isatty() and total > 1 if wanted is None else wanted
+    if not show:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("completions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,161 @@
+"""From a call's arguments to validated requests, and from running rows to completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastguide.config import ARGS, VAS, Plain, RowParameters, Rule
+from fastguide.engine.runner import Row
+from fastguide.engine.text import TextStream
+from fastguide.request import Completion, FinishReason, SamplingParams, sample_seed
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model and its guides allow; knows no tensors."""
+
+    vocabulary: int
+    context: int | None
+    guide_contexts: Mapping[str, int | None]
+
+
+@dataclass
+class Request:
+    """One validated prompt with everything its samples need."""
+
+    index: int
+    tokens: list[int]
+    parameters: RowParameters
+    weights: dict[str, float]
+    sampling: SamplingParams
+    seed: int
+    max_tokens: int
+    started: float = 0.0
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Batch rows it takes up: all its samples before it starts, then the unfinished ones."""
+        if not self.samples:
+            return self.sampling.n
+        return sum(s.completion.finish_reason is None for s in self.samples)
+
+    @property
+    def seeds(self) -> list[int]:
+        """One seed per sample."""
+        return [sample_seed(self.seed, i) for i in range(self.sampling.n)]
+
+
+@dataclass(eq=False)
+class Sample:
+    """One running sample: its row, its text so far, its completion so far."""
+
+    request: Request
+    row: Row
+    text: TextStream
+    completion: Completion
+
+    def finish(self, reason: FinishReason, error: str | None = None) -> None:
+        """End the sample and give its slots back."""
+        self.text.finish()
+        done = self.completion
+        done.text, done.finish_reason, done.error = self.text.text, reason, error
+        done.seconds = time.perf_counter() - self.request.started
+        self.row.close()
+
+
+def per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    """One value per prompt: a list is taken as it is, anything else is shared by all.
+
+    Raises:
+        ValueError: for a list of another length.
+    """
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name} has {len(value)} entries for {count} prompts; allowed is one each"
+        )
+    return list(value)
+
+
+def build_request(
+    index: int,
+    tokens: Sequence[int],
+    rule: Rule | None,
+    weights: Mapping[str, float] | None,
+    sampling: SamplingParams | None,
+    limits: Limits,
+) -> Request:
+    """Validate one prompt's settings against the model.
+
+    Raises:
+        ValueError: one sentence with the received and the allowed value.
+    """
+    chosen = Plain() if rule is None else rule
+    if not isinstance(chosen, (Plain, VAS, ARGS)):
+        raise ValueError(f"rule is {rule!r}; allowed are VAS(...), ARGS(...), Plain() and None")
+    params = SamplingParams() if sampling is None else sampling
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"sampling is {sampling!r}; allowed is SamplingParams(...)")
+    parameters = chosen.lower(params.temperature)
+    if parameters.k > limits.vocabulary:
+        if chosen.guided:
+            raise ValueError(
+                f"k is {parameters.k}; allowed are 1 to {limits.vocabulary} (vocabulary)"
+            )
+        parameters = parameters._replace(k=limits.vocabulary)
+    used = _weights(chosen, weights, limits)
+    contexts = {"model": limits.context} | {
+        f"guide {name!r}": limits.guide_contexts[name] for name in used
+    }
+    owner, context = min(
+        ((o, c) for o, c in contexts.items() if c is not None),
+        key=lambda item: item[1],
+        default=("model", None),
+    )
+    room = params.max_tokens if context is None else context - len(tokens)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens; the context of the {owner} is {context}, so "
+            f"allowed are at most {context - 1 if context else 0}"
+        )
+    return Request(
+        index=index,
+        tokens=list(tokens),
+        parameters=parameters,
+        weights=used,
+        sampling=params,
+        seed=secrets.randbits(63) if params.seed is None else params.seed,
+        max_tokens=min(params.max_tokens, room),
+    )
+
+
+def _weights(rule: Rule, weights: Mapping[str, float] | None, limits: Limits) -> dict[str, float]:
+    """The guides a request uses, with their weights: by default each of the engine's with 1."""
+    names = list(limits.guide_contexts)
+    if not rule.guided:
+        if weights:
+            raise ValueError(
+                f"weights is {dict(weights)!r}, but no guided rule is given; allowed rules with "
+                "weights are VAS(...) and ARGS(...)"
+            )
+        return {}
+    if not names:
+        raise ValueError(f"rule is {rule!r}, but the engine has no guides; allowed is Plain()")
+    if weights is None:
+        return dict.fromkeys(names, 1.0)
+    for name, weight in weights.items():
+        if name not in limits.guide_contexts:
+            raise ValueError(f"unknown guide {name!r} in weights; allowed are {', '.join(names)}")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, (int, float))
+            or not abs(weight) < 1e30
+        ):
+            raise ValueError(f"weight of guide {name!r} is {weight!r}; allowed are finite numbers")
+    return {name: float(weight) for name, weight in weights.items() if weight}

@@ -1,0 +1,175 @@
+"""One decode step for all running rows: policy, candidates, guides, sampling, commit.
+
+Follow a token's logits here: ``policy.run`` gives them, ``top_candidates`` takes their top,
+the guides' scorers score it, ``sample`` folds the scores in and draws, ``append`` commits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastguide.cache import Sequence as PolicySequence
+from fastguide.config import RowParameters
+from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
+from fastguide.models.decoder import Decoder
+from fastguide.scorer import Scorer, State
+
+
+@dataclass(eq=False)
+class Row:
+    """One running sample: its policy sequence, its state in every guide it uses, its numbers."""
+
+    sequence: PolicySequence
+    parameters: RowParameters
+    weights: Mapping[str, float]
+    """Guides in use by name; empty for plain decoding."""
+    seed: int
+    states: dict[str, State] = field(default_factory=dict)
+    steps: int = 0
+    error: str | None = None
+
+    def close(self) -> None:
+        """Give back every slot in every model."""
+        self.sequence.close()
+        for state in self.states.values():
+            state.close()
+
+    def append(self, token: int) -> None:
+        """Continue the row in the policy and in every guide."""
+        self.sequence.append(token)
+        for state in self.states.values():
+            state.append(token)
+        self.steps += 1
+
+
+class Runner:
+    """Owns the loaded policy and guides; opens rows and steps them."""
+
+    def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer]) -> None:
+        self.policy = policy
+        self.scorers = dict(scorers)
+        self.seconds = {"base": 0.0, "scorer": 0.0, "rule": 0.0}
+        """Time spent in each phase of all steps so far, for benchmarks."""
+        self._batch: tuple[list[Row], RowBatch] | None = None
+
+    def open(
+        self,
+        tokens: Sequence[int],
+        parameters: RowParameters,
+        weights: Mapping[str, float],
+        seeds: Sequence[int],
+    ) -> list[Row]:
+        """Prefill a prompt once in the policy and in each guide, and fork it for every seed.
+
+        The last prompt token stays pending: the first step runs it and gives the first logits.
+        """
+        first = Row(self.policy.open(tokens), parameters, weights, seeds[0])
+        try:
+            self.policy.prefill([first.sequence], keep=1)
+            for name in weights:
+                first.states[name] = self.scorers[name].open(tokens)
+                self.scorers[name].prefill([first.states[name]])
+        except BaseException:
+            first.close()
+            raise
+        rows = [first]
+        for seed in seeds[1:]:
+            twin = Row(first.sequence.fork(), parameters, weights, seed)
+            twin.states = {name: state.fork() for name, state in first.states.items()}
+            rows.append(twin)
+        return rows
+
+    @torch.inference_mode()
+    def step(self, rows: list[Row]) -> tuple[Step, list[float | None]]:
+        """Advance every row by one token.
+
+        A row whose guide fails gets ``error`` set and a meaningless token, and is not advanced.
+
+        Returns:
+            the step, and each row's composed score of its token (None if it was not scored).
+        """
+        batch = self._row_batch(rows)
+        started = time.perf_counter()
+        logits = self.policy.run([row.sequence for row in rows])
+        based = time.perf_counter()
+        candidates = top_candidates(logits, batch)
+        ranked = time.perf_counter()
+        scores = self._score(rows, candidates)
+        scored = time.perf_counter()
+        positions = torch.tensor([len(r.sequence) for r in rows], device=logits.device)
+        step = sample(logits, candidates, scores, batch, positions)
+        chosen = scores.tolist() if any(row.weights for row in rows) else None
+        values: list[float | None] = []
+        for i, row in enumerate(rows):
+            source = step.sources[i]
+            known = chosen is not None and bool(row.weights) and source >= 0
+            known = known and source < row.parameters.k
+            values.append(chosen[i][source] if known and chosen is not None else None)
+            if row.error is None:
+                row.append(step.tokens[i])
+        ended = time.perf_counter()
+        self.seconds["base"] += based - started
+        self.seconds["scorer"] += scored - ranked
+        self.seconds["rule"] += (ranked - based) + (ended - scored)
+        return step, values
+
+    def _row_batch(self, rows: list[Row]) -> RowBatch:
+        if self._batch is None or self._batch[0] != rows:
+            built = RowBatch.build(
+                [row.parameters for row in rows], [row.seed for row in rows], self.policy.device
+            )
+            self._batch = (list(rows), built)
+        return self._batch[1]
+
+    def _score(self, rows: list[Row], candidates: Candidates) -> Tensor:
+        """Composed scores ``[N, K]`` fp64: the weighted sum over each row's guides."""
+        total = torch.zeros(
+            candidates.values.shape, dtype=torch.float64, device=candidates.values.device
+        )
+        if not any(row.weights for row in rows):
+            return total
+        ids = candidates.ids.tolist()
+        for name, scorer in self.scorers.items():
+            users = [i for i, row in enumerate(rows) if name in row.weights and row.error is None]
+            if not users:
+                continue
+            wanted = [ids[i][: rows[i].parameters.k] for i in users]
+            for i, result in self._score_rows(name, scorer, rows, users, wanted):
+                total[i, : len(result)] += rows[i].weights[name] * result.double()
+        return total
+
+    def _score_rows(
+        self, name: str, scorer: Scorer, rows: list[Row], users: list[int], wanted: list[list[int]]
+    ) -> list[tuple[int, Tensor]]:
+        """Each user's scores; a row whose scores cannot be had or are not finite fails alone."""
+        try:
+            results = scorer.score([rows[i].states[name] for i in users], wanted)
+        except ValueError as error:
+            if len(users) == 1:
+                rows[
+                    users[0]
+                ].error = f"guide {name!r} failed at step {rows[users[0]].steps}: {error}"
+                return []
+            return [
+                pair
+                for i, ids in zip(users, wanted, strict=True)
+                for pair in self._score_rows(name, scorer, rows, [i], [ids])
+            ]
+        finite = torch.stack([torch.isfinite(r).all() for r in results]).tolist()
+        kept = []
+        for i, result, good in zip(users, results, finite, strict=True):
+            if good:
+                kept.append((i, result))
+            else:
+                bad = float(result[~torch.isfinite(result)][0])
+                rows[
+                    i
+                ].error = (
+                    f"guide {name!r} gave {bad} at step {rows[i].steps}; allowed are finite scores"
+                )
+        return kept

@@ -1,0 +1,126 @@
+"""Token ids in, text out: prompts of any form, incremental decoding, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""A text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
+
+_CONTEXT_TOKENS = 6  # prompt tokens decoded along, so that a first space or a split rune is right
+_REPLACEMENT = "�"
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt: texts get the tokenizer's special tokens, chats its template.
+
+    Raises:
+        ValueError: for an empty prompt, ids outside the vocabulary, or a chat where the
+            tokenizer has no template.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty; allowed is a text of one token or more")
+        return list(tokenizer(prompt)["input_ids"])
+    items = list(prompt)
+    if not items:
+        raise ValueError("the prompt is empty; allowed is one token or message or more")
+    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        bad = [i for i in items if not 0 <= i < len(tokenizer)]
+        if bad:
+            raise ValueError(
+                f"the prompt has token id {bad[0]}; allowed are 0 to {len(tokenizer) - 1}"
+            )
+        return items
+    if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the prompt is a chat, but the tokenizer has no chat template; use a text"
+            )
+        ids = tokenizer.apply_chat_template(
+            items, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return list(ids)
+    raise ValueError(
+        f"the prompt is {prompt!r:.80}; allowed are a text, a list of token ids, or chat messages "
+        "with 'role' and 'content'"
+    )
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts from one prompt or several: a bare text, id list or chat is one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and isinstance(items[0], (int, Mapping)):
+        return [items]
+    return items
+
+
+class TextStream:
+    """Decodes one response as it grows, and ends it at a stop string.
+
+    Text is given out once it can no longer change: not while it ends in part of a character,
+    and not while it ends in what may become a stop string.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], stop: Sequence[str]
+    ) -> None:
+        self.text = ""
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._start, self._read = 0, len(self._ids)
+        self._stop = tuple(stop)
+        self._given = 0
+
+    def add(self, token: int) -> bool:
+        """Take the next token; True if a stop string has been completed, which ends the text."""
+        self._ids.append(token)
+        before = self._decode(self._start, self._read)
+        now = self._decode(self._start, len(self._ids))
+        if not now.endswith(_REPLACEMENT) and len(now) > len(before):
+            self._grow(now[len(before) :])
+            self._start, self._read = self._read, len(self._ids)
+        return self.stopped
+
+    def finish(self) -> None:
+        """Take in what was held back because it might have been part of a character."""
+        if not self.stopped and self._read < len(self._ids):
+            before = self._decode(self._start, self._read)
+            self._grow(self._decode(self._start, len(self._ids))[len(before) :])
+            self._read = len(self._ids)
+
+    def take(self, final: bool = False) -> str:
+        """Text that is new since the last call and certain to stay; all of it if ``final``."""
+        end = len(self.text)
+        if not final and not self.stopped:
+            end -= max((_overlap(self.text, s) for s in self._stop), default=0)
+        end = max(end, self._given)
+        piece = self.text[self._given : end]
+        self._given = end
+        return piece
+
+    def _grow(self, more: str) -> None:
+        longest = max(map(len, self._stop), default=0)
+        start = max(0, len(self.text) - longest)
+        self.text += more
+        found = [i for i in (self.text.find(s, start) for s in self._stop) if i >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.stopped = True
+
+    def _decode(self, start: int, end: int) -> str:
+        ids = self._ids[start:end]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next(
+        (n for n in range(min(len(stop), len(text)), 0, -1) if stop.startswith(text[-n:])), 0
+    )

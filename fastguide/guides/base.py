@@ -1,0 +1,75 @@
+"""What a guide is: a description that becomes a ``Scorer`` when an engine loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fastguide.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """What an engine tells its guides when it loads them.
+
+    Attributes:
+        tokenizer: the policy's; candidates are its token ids.
+        device: where to compute.
+        dtype: of weights and caches; None keeps each checkpoint's.
+        trust_remote_code: run code shipped with checkpoints.
+        allow_pickle: also load weights that are not safetensors.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class Guide(Protocol):
+    """Anything that gives each candidate continuation a scalar; higher is better.
+
+    To add a guide, write a class with ``load``; see ``FunctionGuide`` for the smallest one.
+    """
+
+    def load(self, context: LoadContext) -> Scorer:
+        """Load weights and return the scorer that an engine calls at every step.
+
+        Raises:
+            ValueError: for weights that are missing, corrupt or do not fit the policy.
+        """
+        ...
+
+
+def check_tokenizer(
+    name: str, guide: PreTrainedTokenizerBase | None, guide_vocab: int, context: LoadContext
+) -> None:
+    """Refuse a guide that reads token ids differently from the policy.
+
+    Args:
+        name: the guide, for the message.
+        guide: its tokenizer, or None if its folder has none: then only sizes are compared.
+        guide_vocab: rows of its embedding.
+        context: the engine's; holds the policy's tokenizer.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    policy = context.tokenizer.get_vocab()
+    if guide is not None and guide.get_vocab() != policy:
+        other = guide.get_vocab()
+        differing = sum(other.get(token) != i for token, i in policy.items())
+        raise ValueError(
+            f"guide {name!r} has another tokenizer than the policy: {len(other)} tokens against "
+            f"{len(policy)}, {differing} of the policy's differ; allowed is the same tokenizer"
+        )
+    largest = max(policy.values())
+    if guide_vocab <= largest:
+        raise ValueError(
+            f"guide {name!r} has {guide_vocab} token embeddings, but the policy's tokenizer gives "
+            f"ids up to {largest}; allowed is the same tokenizer"
+        )

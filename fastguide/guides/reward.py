@@ -1,0 +1,66 @@
+"""Reward guides: a sequence classifier with one label scores the text so far (ARGS)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from fastguide.assets import resolve
+from fastguide.guides.base import LoadContext, check_tokenizer
+from fastguide.models.decoder import Decoder
+from fastguide.models.loading import context_length, find_tokenizer, load_pretrained
+from fastguide.scorer import TreeScorer
+
+
+@dataclass(frozen=True)
+class RewardGuide:
+    """Any decoder that transformers loads as a sequence classifier with one label.
+
+    The classifier's head is applied to each candidate's own row. Its ``forward`` is not used: that
+    pools at the last token that is not padding, which is the wrong one whenever a candidate is
+    the padding token (often the end of text too).
+
+    Attributes:
+        path: local path or hub id.
+    """
+
+    path: str | Path
+
+    def load(self, context: LoadContext) -> TreeScorer:
+        """Load the classifier.
+
+        Raises:
+            ValueError: for missing or corrupt weights, several labels, an encoder, or a
+                tokenizer that is not the policy's.
+        """
+        model = load_pretrained(
+            AutoModelForSequenceClassification,
+            self.path,
+            dtype=context.dtype,
+            device=context.device,
+            trust_remote_code=context.trust_remote_code,
+            allow_pickle=context.allow_pickle,
+        )
+        if model.config.num_labels != 1:
+            raise ValueError(
+                f"reward guide {str(self.path)!r} has {model.config.num_labels} labels; allowed is 1"
+            )
+        head = getattr(model, "score", None)
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"reward guide {str(self.path)!r} is a {type(model).__name__}, whose head is not a "
+                "linear `score` on the last hidden state; allowed are decoder classifiers"
+            )
+        tokenizer = find_tokenizer(resolve(self.path))
+        check_tokenizer(
+            str(self.path), tokenizer, model.config.get_text_config().vocab_size, context
+        )
+
+        def score(hidden: Tensor) -> Tensor:
+            scores: Tensor = head(hidden)
+            return scores
+
+        return TreeScorer(Decoder(model.base_model, context_length(model.config)), score)

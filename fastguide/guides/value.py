@@ -1,0 +1,54 @@
+"""Value guides: a causal backbone with a scalar head predicts the reward of a prefix (VAS eq. 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastguide.assets import resolve
+from fastguide.guides.base import LoadContext, check_tokenizer
+from fastguide.models.attention import NAME
+from fastguide.models.decoder import Decoder
+from fastguide.models.loading import context_length, find_tokenizer
+from fastguide.models.support import check_config, check_model
+from fastguide.models.value import ValueModel
+from fastguide.scorer import TreeScorer
+
+
+@dataclass(frozen=True)
+class ValueGuide:
+    """A guide folder written by ``ValueModel.save_pretrained``: full weights or LoRA, and a head.
+
+    Attributes:
+        path: local path, hub id or packaged name (``cheerful``, ``brief``).
+        base: the base model of a LoRA guide, if not the one its config names.
+    """
+
+    path: str | Path
+    base: str | Path | None = None
+
+    def load(self, context: LoadContext) -> TreeScorer:
+        """Load backbone and head; a LoRA is merged into the backbone's weights.
+
+        Raises:
+            ValueError: for a missing or corrupt folder, an unsupported backbone or a tokenizer
+                that is not the policy's.
+        """
+        model = ValueModel.from_pretrained(
+            self.path,
+            base=self.base,
+            dtype=context.dtype,
+            device=context.device,
+            merge=True,
+            attn_implementation=NAME,
+            trust_remote_code=context.trust_remote_code,
+            allow_pickle=context.allow_pickle,
+        )
+        backbone = model.backbone.requires_grad_(False)
+        check_config(backbone.config)
+        check_model(backbone)
+        tokenizer = find_tokenizer(resolve(self.path), backbone.config.name_or_path)
+        check_tokenizer(
+            str(self.path), tokenizer, backbone.config.get_text_config().vocab_size, context
+        )
+        return TreeScorer(Decoder(backbone, context_length(backbone.config)), model.head)

@@ -1,0 +1,1 @@
+"""Ways to use fastguide inside other projects."""

@@ -1,0 +1,92 @@
+"""Guide any ``model.generate(...)`` call of transformers with fastguide's scorers and rules.
+
+guided = GuidedLogitsProcessor(
+{"cheerful": ValueGuide("cheerful")}, VAS(beta=4.0), tokenizer=tokenizer,
+temperature=0.7, attention_mask=inputs["attention_mask"],
+)
+model.generate(**inputs, do_sample=True, temperature=0.7, logits_processor=[guided])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from fastguide.config import Rule
+from fastguide.guides import Guide, LoadContext
+from fastguide.kernels import dispatch, reference
+from fastguide.scorer import State, follow
+
+
+class GuidedLogitsProcessor(LogitsProcessor):
+    """Rewrites the base model's logits so that the host samples from the guided distribution.
+
+    Works with greedy decoding, sampling and beams, batched and left-padded. One processor serves
+    one ``generate`` call at a time; call ``reset`` before its prompts or padding change.
+    """
+
+    def __init__(
+        self,
+        guides: Mapping[str, Guide],
+        rule: Rule,
+        weights: Mapping[str, float] | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        temperature: float = 0.0,
+        attention_mask: Tensor | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Load the guides.
+
+        Args:
+            guides: by name.
+            rule: how their scores change the distribution.
+            weights: by name; None weighs each guide 1.
+            tokenizer: the policy's.
+            temperature: the one that ``generate`` applies *after* its processors; 0 if it does
+                not sample. The rule works at this temperature, and what is returned is scaled
+                back by it.
+            attention_mask: ``[B, T]`` of the prompts, if they are padded.
+            device: of the guides.
+            dtype: of the guides; None keeps each checkpoint's.
+        """
+        context = LoadContext(tokenizer, torch.device(device), dtype)
+        self.scorers = {name: guide.load(context) for name, guide in guides.items()}
+        self.weights = dict.fromkeys(guides, 1.0) if weights is None else dict(weights)
+        if unknown := self.weights.keys() - guides.keys():
+            raise ValueError(f"unknown guide {min(unknown)!r}; allowed are {', '.join(guides)}")
+        self.row = rule.lower(temperature)
+        self._states: dict[str, list[State]] = {name: [] for name in guides}
+        self.reset(attention_mask)
+
+    def reset(self, attention_mask: Tensor | None = None) -> None:
+        """Forget all requests, and take the padding of the next prompts."""
+        for name, states in self._states.items():
+            self._states[name] = follow(self.scorers[name], states, [])
+        self._padding = None if attention_mask is None else (attention_mask == 0).sum(-1).tolist()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Guided logits ``[B, V]`` for the next token of each row ``[B, T]``."""
+        row, count = self.row, scores.shape[0]
+        padding = self._padding or [0] * count
+        tokens = [
+            ids[padding[i * len(padding) // count] :] for i, ids in enumerate(input_ids.tolist())
+        ]
+        inverse = torch.full((count,), row.inv_temperature, device=scores.device)
+        z, ids, _ = dispatch.topk_logsumexp(scores.float(), min(row.k, scores.shape[1]), inverse)
+        candidates = ids.tolist()
+        total = torch.zeros_like(z)
+        for name, weight in self.weights.items():
+            states = follow(self.scorers[name], self._states[name], tokens)
+            self._states[name] = states
+            found = self.scorers[name].score(states, candidates)
+            total += weight * torch.stack(found).to(total)
+        if row.fill == reference.FILL_MEAN:
+            total -= total.mean(-1, keepdim=True)
+        guided = (row.scale * z + row.weight * total) / row.inv_temperature
+        base = torch.full_like(scores, float("-inf")) if row.fill == reference.FILL_DROP else scores
+        return base.scatter(1, ids.long(), guided.to(scores.dtype))

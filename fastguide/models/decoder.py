@@ -1,0 +1,203 @@
+"""Run a transformers decoder over sequences in a KV pool: pending tokens and branches, one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastguide.cache import KVPool, Sequence
+from fastguide.kernels.reference import TreeLayout
+from fastguide.models.attention import AttentionPlan
+
+PREFILL_CHUNK = 512
+"""Most pending tokens of one sequence that one pass takes: bounds the memory of a pass."""
+
+PASS_TOKENS = 4096
+"""Most rows of one prefill pass over several sequences."""
+
+Branch = tuple[int, ...]
+
+
+class _Rows(NamedTuple):
+    """The rows of one sequence in a pass: a chain of pending tokens, then branches off its end."""
+
+    sequence: Sequence
+    chain: list[int]
+    branches: list[Branch]
+    slots: np.ndarray
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.chain, *(token for branch in self.branches for token in branch)]
+
+    @property
+    def positions(self) -> np.ndarray:
+        start = len(self.sequence.slots)
+        after = start + len(self.chain)
+        parts = [np.arange(start, after)]
+        parts += [np.arange(after, after + len(branch)) for branch in self.branches]
+        return np.concatenate(parts)
+
+    @property
+    def outputs(self) -> list[int]:
+        """Rows whose hidden states are asked for: the branches' ends, else the chain's."""
+        ends = np.cumsum([len(self.chain), *(len(branch) for branch in self.branches)]) - 1
+        return ends.tolist()[1:] if self.branches else ends.tolist()
+
+    def visible(self) -> np.ndarray:
+        """``[rows, rows]``: each row sees the chain up to itself and its own branch up to itself."""
+        chain = len(self.chain)
+        if all(len(branch) == 1 for branch in self.branches):
+            seen = np.eye(chain + len(self.branches), dtype=bool)
+        else:
+            size = chain + sum(len(branch) for branch in self.branches)
+            seen = np.zeros((size, size), dtype=bool)
+            start = chain
+            for branch in self.branches:
+                end = start + len(branch)
+                seen[start:end, start:end] = np.tri(len(branch), dtype=bool)
+                start = end
+        seen[:chain, :chain] = np.tri(chain, dtype=bool)
+        seen[chain:, :chain] = True
+        return seen
+
+
+class Decoder:
+    """A transformers model, loaded with fastguide's attention, and its KV pool.
+
+    The only class that calls a model. What a pass returns is up to ``head``: logits for a
+    policy, scalars for a guide.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: int | None = None) -> None:
+        """Wrap a model.
+
+        Args:
+            model: a causal LM (passes return logits) or a bare backbone (hidden states).
+            context: most tokens of a sequence; None for no limit.
+        """
+        self.model = model.eval()
+        self.pool = KVPool()
+        self.context = context
+        self.device = model.device
+        self._is_lm = model.get_output_embeddings() is not None
+
+    def open(self, tokens: Sequences[int]) -> Sequence:
+        """A new sequence; nothing is computed until it is first run."""
+        return Sequence(self.pool, list(tokens))
+
+    def prefill(self, sequences: Sequences[Sequence], keep: int = 0) -> None:
+        """Compute pending tokens in chunks, all but the last ``keep`` of each sequence."""
+        while True:
+            batch: list[_Rows] = []
+            room = PASS_TOKENS
+            for sequence in sequences:
+                todo = sequence.pending
+                todo = todo[: max(0, len(todo) - keep)]
+                todo = todo[: min(PREFILL_CHUNK, room)]
+                if todo:
+                    batch.append(_Rows(sequence, todo, [], self.pool.take(len(todo))))
+                    room -= len(todo)
+            if not batch:
+                return
+            self._run(batch, outputs=False)
+
+    def run(
+        self, sequences: Sequences[Sequence], branches: Sequences[Sequences[Branch]] | None = None
+    ) -> Tensor:
+        """One forward pass over the pending tokens of all sequences and over their branches.
+
+        Pending tokens are committed to the pool. Branches stay in scratch slots until the
+        sequence is appended to: then the chosen one, if any, is kept and the others are freed.
+
+        Args:
+            sequences: R sequences; without branches each needs a pending token.
+            branches: per sequence, the continuations to run: tuples of one or more tokens.
+
+        Returns:
+            ``[n, ...]``: the model's output (see ``head``) at the last token of every branch, in
+            order; without branches at the last token of every sequence.
+        """
+        self.prefill([s for s in sequences if len(s.pending) > PREFILL_CHUNK], keep=PREFILL_CHUNK)
+        batch = []
+        for i, sequence in enumerate(sequences):
+            sequence.drop_branches()
+            ends = [tuple(b) for b in branches[i]] if branches is not None else []
+            chain = sequence.pending
+            count = len(chain) + sum(map(len, ends))
+            batch.append(_Rows(sequence, chain, ends, self.pool.take(count)))
+        return self._run(batch, outputs=True)
+
+    @torch.inference_mode()
+    def _run(self, batch: list[_Rows], outputs: bool) -> Tensor:
+        try:
+            result = self._forward(batch, outputs)
+        except BaseException:
+            for rows in batch:
+                self.pool.slots.release(rows.slots)
+            raise
+        for sequence, chain, branches, slots in batch:
+            sequence.commit(slots[: len(chain)])
+            start = len(chain)
+            for branch in branches:
+                own = slots[start : start + len(branch)]
+                if branch in sequence.branches:  # the same continuation twice: keep the first
+                    self.pool.slots.release(own)
+                else:
+                    sequence.branches[branch] = own
+                start += len(branch)
+        return result
+
+    def _forward(self, batch: list[_Rows], outputs: bool) -> Tensor:
+        tokens = [token for rows in batch for token in rows.tokens]
+        positions = [rows.positions for rows in batch]
+        sizes = np.array([len(rows.slots) for rows in batch])
+        starts = np.cumsum(sizes) - sizes
+        targets = np.concatenate([rows.slots for rows in batch])
+        layout = _layout(batch, positions, starts, self.device)
+        keep = [int(s) + row for s, rows in zip(starts, batch, strict=True) for row in rows.outputs]
+        keep = keep if outputs else keep[:1]
+        index = torch.tensor(keep, device=self.device)
+        arguments = {
+            "input_ids": torch.tensor([tokens], device=self.device),
+            "position_ids": torch.from_numpy(np.concatenate(positions))[None].to(self.device),
+            "use_cache": False,
+            "plan": AttentionPlan(self.pool, torch.from_numpy(targets).to(self.device), layout),
+        }
+        if self._is_lm:
+            return self.model(**arguments, logits_to_keep=index).logits[0]
+        hidden = self.model(**arguments).last_hidden_state[0]
+        return hidden if len(keep) == len(tokens) else hidden.index_select(0, index)
+
+
+def _layout(
+    batch: list[_Rows], positions: list[np.ndarray], starts: np.ndarray, device: torch.device
+) -> TreeLayout:
+    """Pad the rows and slots of every sequence in the batch to ``[R, M]`` and ``[R, L]``."""
+    prefixes = [rows.sequence.slots for rows in batch]
+    width = max(len(rows.slots) for rows in batch)
+    length = max(len(p) + len(rows.slots) for p, rows in zip(prefixes, batch, strict=True))
+    shape = (len(batch), width, length)
+    rows_index = np.zeros(shape[:2], dtype=np.int64)
+    row_positions = np.zeros(shape[:2], dtype=np.int64)
+    valid = np.zeros(shape[:2], dtype=bool)
+    slots = np.zeros((len(batch), length), dtype=np.int64)
+    slot_positions = np.zeros((len(batch), length), dtype=np.int64)
+    visible = np.zeros(shape, dtype=bool)
+    for i, (rows, prefix) in enumerate(zip(batch, prefixes, strict=True)):
+        n, p = len(rows.slots), len(prefix)
+        rows_index[i] = starts[i]
+        rows_index[i, :n] = np.arange(starts[i], starts[i] + n)
+        valid[i, :n] = True
+        row_positions[i, :n] = positions[i]
+        slots[i, :p], slots[i, p : p + n] = prefix, rows.slots
+        slot_positions[i, :p], slot_positions[i, p : p + n] = np.arange(p), positions[i]
+        visible[i, :n, :p] = True
+        visible[i, :n, p : p + n] = rows.visible()
+    arrays = (rows_index, valid, slots, visible, row_positions, slot_positions)
+    return TreeLayout(*(torch.from_numpy(a).to(device) for a in arrays))

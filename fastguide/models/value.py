@@ -1,0 +1,297 @@
+"""A value model: a causal backbone with a scalar head, and its folder format.
+
+A guide folder holds ``guide_config.json`` (see `GuideConfig`), ``value_head.safetensors``
+(``weight [1, H]``, ``bias [1]``) and either a peft LoRA adapter (``adapter_config.json``,
+``adapter_model.safetensors``) on the base model that the config names, or the whole backbone
+(``config.json``, ``model.safetensors``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from fastguide.assets import resolve
+from fastguide.models.guide_config import GuideConfig, RewardScale
+
+__all__ = ["GuideConfig", "RewardScale", "ScalarHead", "ValueModel"]
+
+HEAD_FILE = "value_head.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class ScalarHead(nn.Linear):
+    """Linear map ``hidden [..., H] -> value [..., 1]``, computed in fp32 whatever comes in."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
+class ValueModel(nn.Module):
+    """Causal backbone plus scalar head: the V of eq. 3 of the VAS paper.
+
+    Attributes: ``backbone`` (a transformers model without LM head, or a peft model around one),
+    ``head`` (`ScalarHead`, fp32) and ``config`` (`GuideConfig`).
+    """
+
+    def __init__(self, backbone: nn.Module, head: ScalarHead, config: GuideConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.config = config
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Values of all prefixes.
+
+        State convention (the only place where it is defined): the value at position t is the
+        value of the prefix that **ends with token t**, that is V(s) of the state reached by
+        appending token t. So Q(s, x) = V(s + x) (eq. 3) is read at the position of x, the value
+        of a prompt at its last token, and the value of a finished response at its last token,
+        eos included if there is one. Values are in units of `RewardScale`.
+
+        Args:
+            input_ids: ``[B, T]`` int64.
+            attention_mask: ``[B, T]``, 1 for tokens and 0 for padding; values at padding are
+                meaningless.
+
+        Returns:
+            ``[B, T]`` fp32.
+        """
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        values: torch.Tensor = self.head(output.last_hidden_state).squeeze(-1)
+        return values
+
+    @classmethod
+    def create(
+        cls,
+        base: str | Path,
+        *,
+        lora_rank: int | None = 16,
+        lora_alpha: float | None = None,
+        target_modules: str | list[str] = "all-linear",
+        lora_dropout: float = 0.0,
+        config: GuideConfig | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+    ) -> ValueModel:
+        """A fresh value model on ``base`` (path, hub id or packaged name), its head at zero.
+
+        With ``lora_rank=None`` every weight of the backbone trains; else a LoRA of that rank
+        (``lora_alpha`` defaults to the rank) on ``target_modules`` and the head do.
+        """
+        where = resolve(base)
+        backbone: nn.Module = _load_backbone(
+            where, dtype or "auto", attn_implementation, trust_remote_code, allow_pickle
+        )
+        hidden_size = _hidden_size(backbone)
+        if lora_rank is not None:
+            from peft import LoraConfig, get_peft_model
+
+            if lora_rank < 1:
+                raise ValueError(f"lora_rank must be at least 1 or None, got {lora_rank}")
+            lora = LoraConfig(
+                r=lora_rank,
+                lora_alpha=lora_rank if lora_alpha is None else lora_alpha,
+                target_modules=target_modules,
+                lora_dropout=lora_dropout,
+                bias="none",
+            )
+            backbone = get_peft_model(backbone, lora)
+        model = cls(backbone, ScalarHead(hidden_size), config or GuideConfig(base_model=where))
+        return model.to(device) if device is not None else model
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype | None = None, base_model: str | None = None
+    ) -> None:
+        """Write the guide folder; weights are cast to ``dtype`` (default: as they are).
+
+        ``base_model`` replaces the config's entry, e.g. by a path relative to ``folder``.
+        """
+        from peft import PeftModel, get_peft_model_state_dict
+
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        config = dataclasses.replace(self.config, base_model=base_model or self.config.base_model)
+
+        def stored(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+
+        if isinstance(self.backbone, PeftModel):
+            lora = dataclasses.replace(self.backbone.peft_config["default"])
+            lora.base_model_name_or_path = config.base_model
+            lora.inference_mode = True
+            lora.save_pretrained(str(target))
+            state = get_peft_model_state_dict(self.backbone)
+            save_file({name: stored(t) for name, t in state.items()}, target / ADAPTER_FILE)
+        elif isinstance(self.backbone, PreTrainedModel):
+            state = {name: stored(t) for name, t in self.backbone.state_dict().items()}
+            self.backbone.save_pretrained(target, state_dict=state)
+        else:
+            raise ValueError(f"cannot save a backbone of type {type(self.backbone).__name__}")
+        head = {"weight": stored(self.head.weight), "bias": stored(self.head.bias)}
+        save_file(head, target / HEAD_FILE)
+        config.save(target)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        base: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        merge: bool = False,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+    ) -> ValueModel:
+        """Load a guide folder (local path, packaged name or hub id).
+
+        ``base`` overrides the config's ``base_model``. ``merge`` folds a LoRA into the backbone
+        in fp32 and casts the result to ``dtype`` (default: the base's own), so that ``backbone``
+        is a plain transformers model. Pickled weights load only with ``allow_pickle``.
+
+        Raises:
+            ValueError: one sentence naming the file that is missing, corrupt or of wrong shape.
+        """
+        folder = _local_folder(resolve(path))
+        config = GuideConfig.load(folder)
+        is_lora = (folder / ADAPTER_CONFIG_FILE).is_file()
+        source = str(folder)
+        if is_lora:
+            source = resolve(base) if base is not None else _base_path(config.base_model, folder)
+        backbone: nn.Module
+        if is_lora and merge:
+            final = dtype or _stored_dtype(source, trust_remote_code)
+            backbone = _load_backbone(
+                source, torch.float32, attn_implementation, trust_remote_code, allow_pickle
+            )
+            backbone = _add_adapter(backbone, folder).merge_and_unload().to(final)  # type: ignore[operator]
+        else:
+            backbone = _load_backbone(
+                source, dtype or "auto", attn_implementation, trust_remote_code, allow_pickle
+            )
+            if is_lora:
+                backbone = _add_adapter(backbone, folder)
+        head = ScalarHead(_hidden_size(backbone))
+        _load_state(head, folder / HEAD_FILE)
+        model = cls(backbone, head, config).eval()
+        return model.to(device) if device is not None else model
+
+
+def _local_folder(path: str) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"no guide at {path!r}: neither a folder nor a hub id that can be fetched "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _base_path(base_model: str, folder: Path) -> str:
+    """The folder that a relative ``base_model`` means, else the name as it is (a hub id)."""
+    beside = folder / base_model
+    return str(beside.resolve()) if beside.is_dir() else resolve(base_model)
+
+
+def _load_backbone(
+    source: str,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+) -> PreTrainedModel:
+    try:
+        model, info = AutoModel.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"the weights of {source!r} lack {len(missing)} tensors: {missing[:3]}")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _stored_dtype(source: str, trust_remote_code: bool) -> torch.dtype:
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def _hidden_size(backbone: nn.Module) -> int:
+    config: Any = backbone.config
+    return int(config.get_text_config().hidden_size)
+
+
+def _add_adapter(backbone: nn.Module, folder: Path) -> nn.Module:
+    """Put the folder's LoRA on ``backbone``; every tensor must be there and fit."""
+    from peft import LoraConfig, get_peft_model
+
+    try:
+        lora = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        name = folder / ADAPTER_CONFIG_FILE
+        raise ValueError(f"{name} is corrupt: {_first_line(error)}") from error
+    model = get_peft_model(backbone, lora)
+    _load_state(model, folder / ADAPTER_FILE)
+    return model
+
+
+def _load_state(module: nn.Module, file: Path) -> None:
+    """Copy a safetensors file into a head or a peft model; ValueError names what is wrong."""
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    if not file.is_file():
+        raise ValueError(f"the guide's file {file} is missing")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is corrupt: {_first_line(error)}") from error
+    is_lora = isinstance(module, PeftModel)
+    wanted = get_peft_model_state_dict(module) if is_lora else module.state_dict()
+    if odd := sorted(set(wanted) ^ set(state)):
+        raise ValueError(f"{file} does not fit the model: {odd[0]} is in only one of the two")
+    for name, tensor in wanted.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(
+                f"{file} does not fit the model: {name} has shape {list(state[name].shape)}, "
+                f"the model needs {list(tensor.shape)}"
+            )
+    if is_lora:
+        set_peft_model_state_dict(module, state)
+    else:
+        module.load_state_dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,170 @@
+"""Score candidate continuations of many prefixes in one forward pass over a shared prefix cache.
+
+Usable on its own: a serving stack keeps one state per request, hands over candidate tokens and
+gets a scalar for each.
+
+    scorer = TreeScorer(decoder, head)
+    state = scorer.open(prompt_ids)
+    (scores,) = scorer.score([state], [[5, 9, 11]])     # three candidates, one pass
+    state.append(9)                                     # its keys and values are kept
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence as Sequences
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastguide.cache import Sequence
+from fastguide.models.decoder import Decoder
+
+Candidate = int | Sequences[int]
+"""A continuation: one token id, or a branch of several."""
+
+
+class State(Protocol):
+    """What a scorer remembers of one request."""
+
+    tokens: list[int]
+    """The request's tokens so far, prompt included."""
+
+    def append(self, *tokens: int) -> None:
+        """Continue the request; what was just scored need not be computed again."""
+
+    def fork(self) -> State:
+        """A second request with the same tokens, sharing what was computed."""
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from ``length`` on."""
+
+    def close(self) -> None:
+        """Give back everything the request holds."""
+
+
+class Scorer(Protocol):
+    """A loaded guide: gives each candidate continuation of each request a scalar."""
+
+    context: int | None
+    """Most tokens of a request, candidate included; None for no limit."""
+
+    def open(self, tokens: Sequences[int]) -> State:
+        """Start a request with its prompt's tokens."""
+
+    def prefill(self, states: Sequences[State]) -> None:
+        """Compute what can be computed before candidates are known."""
+
+    def score(
+        self, states: Sequences[State], candidates: Sequences[Sequences[Candidate]]
+    ) -> list[Tensor]:
+        """Scores of every request's candidates: ``[k_r]`` fp32 tensors; higher is better."""
+
+
+class TreeScorer:
+    """A decoder with a scalar head; all requests' candidates go through it as one tree pass."""
+
+    def __init__(self, decoder: Decoder, head: Callable[[Tensor], Tensor]) -> None:
+        """Put a head on a decoder.
+
+        Args:
+            decoder: a backbone whose passes return hidden states ``[n, hidden]``.
+            head: hidden states ``[n, hidden]`` to scalars ``[n]`` or ``[n, 1]``.
+        """
+        self.decoder = decoder
+        self.head = head
+        self.context = decoder.context
+
+    def open(self, tokens: Sequences[int]) -> Sequence:
+        """Start a request with its prompt's tokens; nothing is computed yet."""
+        return self.decoder.open(tokens)
+
+    def prefill(self, states: Iterable[Sequence]) -> None:
+        """Compute keys and values of all pending tokens."""
+        self.decoder.prefill(list(states))
+
+    @torch.inference_mode()
+    def score(
+        self, states: Sequences[Sequence], candidates: Sequences[Sequences[Candidate]]
+    ) -> list[Tensor]:
+        """Score candidates in one forward pass: pending tokens, then all candidates as a tree.
+
+        A candidate's score is the head's output at its own last row, whatever token it is: no
+        pooling by padding token is involved.
+
+        Args:
+            states: R open requests.
+            candidates: per request, at least one continuation: a token id or a sequence of ids.
+                Requests may have different numbers of them.
+
+        Returns:
+            Per request ``[k_r]`` fp32 on the model's device, in the order of the candidates.
+
+        Raises:
+            ValueError: if a request has no candidates or would outgrow the model's context.
+        """
+        branches = [[_branch(c) for c in row] for row in candidates]
+        if len(branches) != len(states):
+            raise ValueError(f"received candidates for {len(branches)} of {len(states)} requests")
+        for state, row in zip(states, branches, strict=True):
+            if not row or not all(row):
+                raise ValueError("received an empty candidate; allowed is one token id or more")
+            longest = len(state) + max(map(len, row))
+            if self.context is not None and longest > self.context:
+                raise ValueError(
+                    f"a continuation has {longest} tokens; the scorer's context is {self.context}"
+                )
+        if not states:
+            return []
+        hidden = self.decoder.run(states, branches)
+        scores = self.head(hidden).reshape(-1).float()
+        return list(scores.split([len(row) for row in branches]))
+
+
+def _branch(candidate: Candidate) -> tuple[int, ...]:
+    return (candidate,) if isinstance(candidate, int) else tuple(candidate)
+
+
+def follow(scorer: Scorer, states: list[State], rows: Sequences[list[int]]) -> list[State]:
+    """Make states hold exactly the given token rows, reusing what they share with them.
+
+    For hosts that show only token ids at each step (``model.generate``, a server without hooks):
+    a row continues the state of its own index if that is a prefix of it; else the state with the
+    longest common prefix is forked (beam search), else a new one is opened.
+
+    Args:
+        scorer: opens new states.
+        states: the states of the last call; those that no row needs are closed.
+        rows: token ids of each request now.
+
+    Returns:
+        One state per row.
+    """
+    own = [
+        i < len(states) and states[i].tokens == row[: len(states[i].tokens)]
+        for i, row in enumerate(rows)
+    ]
+    result: list[State] = []
+    for i, row in enumerate(rows):
+        if own[i]:
+            result.append(states[i])
+            continue
+        length, best = max(
+            ((_common(s.tokens, row), j) for j, s in enumerate(states)), default=(0, 0)
+        )
+        state = states[best].fork() if length else scorer.open([])
+        state.truncate(length)
+        result.append(state)
+    for i, state in enumerate(states):
+        if not (i < len(rows) and own[i]):
+            state.close()
+    for state, row in zip(result, rows, strict=True):
+        if rest := row[len(state.tokens) :]:
+            state.append(*rest)
+    return result
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

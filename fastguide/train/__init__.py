@@ -1,0 +1,1 @@
+"""Training value guides: rewards, rollouts of the policy, TD(lambda)."""

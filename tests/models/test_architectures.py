@@ -1,0 +1,196 @@
+"""Every verified model type agrees with a full recompute by its own attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastguide.models.attention import NAME
+from fastguide.models.decoder import Decoder
+from fastguide.models.support import VERIFIED, check_config, check_model
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    max_position_embeddings=128,
+)
+NO_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+OPT = dict(
+    vocab_size=97, hidden_size=48, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
+    max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+)  # fmt: skip
+GPT2 = dict(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=128, **NO_TOKENS)
+NEOX = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")} | NO_TOKENS
+HEADS = {k: v for k, v in SIZES.items() if k != "head_dim"} | NO_TOKENS
+FULL = SIZES | NO_TOKENS
+GEMMA = FULL | dict(query_pre_attn_scalar=12, sliding_window=8)
+
+CASES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", FULL),
+    "llama-mha": ("llama", FULL | dict(num_key_value_heads=4)),
+    "llama-mqa": ("llama", FULL | dict(num_key_value_heads=1)),
+    "opt": ("opt", OPT),
+    "opt-350m-like": ("opt", OPT | dict(do_layer_norm_before=False)),
+    "gpt_neox": ("gpt_neox", NEOX),
+    "gpt_neox-serial": ("gpt_neox", NEOX | dict(use_parallel_residual=False)),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-inverse-layer": ("gpt2", GPT2 | dict(scale_attn_by_inverse_layer_idx=True)),
+    "qwen2": ("qwen2", HEADS),
+    "qwen2-window": (
+        "qwen2",
+        HEADS | dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    ),
+    "qwen3": ("qwen3", FULL),
+    "mistral": ("mistral", FULL | dict(sliding_window=None)),
+    "mistral-window": ("mistral", FULL | dict(sliding_window=8)),
+    "gemma": ("gemma", FULL),
+    "gemma2-softcap": ("gemma2", GEMMA | dict(attn_logit_softcapping=2.0)),
+    "gemma3_text": (
+        "gemma3_text",
+        GEMMA | dict(layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+    ),
+    "phi": ("phi", HEADS | dict(partial_rotary_factor=0.5)),
+    "phi3": ("phi3", HEADS | dict(sliding_window=None)),
+    "phi3-window": ("phi3", HEADS | dict(sliding_window=8)),
+    "starcoder2": ("starcoder2", HEADS | dict(sliding_window=8)),
+    "olmo2": ("olmo2", HEADS),
+    "granite": ("granite", HEADS | dict(attention_multiplier=0.2, logits_scaling=2.0)),
+    "smollm3": ("smollm3", HEADS | dict(no_rope_layer_interval=2, use_sliding_window=False)),
+    "cohere": ("cohere", HEADS | dict(logit_scale=0.3)),
+}
+
+
+def tiny_model(case: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A random model with weights large enough that wrong attention shows."""
+    kind, sizes = CASES[case]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6.0)
+            elif "bias" in name:
+                parameter.uniform_(-0.5, 0.5)
+    return model.to(dtype)
+
+
+@torch.inference_mode()
+def recompute(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
+    """Logits at the end of each row, by the model's own eager attention on the whole row."""
+    model.set_attn_implementation("eager")
+    try:
+        return torch.stack(
+            [model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows]
+        )
+    finally:
+        model.set_attn_implementation(NAME)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error < 2e-5, f"relative error {float(error):.2g}"
+
+
+def tokens(start: int, count: int) -> list[int]:
+    return [(start * 31 + 17 * i * i + 5 * i) % 97 for i in range(count)]
+
+
+def test_every_verified_type_has_a_case() -> None:
+    assert {kind for kind, _ in CASES.values()} == VERIFIED
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tree_pass_equals_full_recompute(case: str) -> None:
+    """Ragged prompts, single tokens and longer branches, twice, with commits in between."""
+    model = tiny_model(case)
+    check_config(model.config)
+    check_model(model)
+    decoder = Decoder(model, context=128)
+    prompts = [tokens(1, 23), tokens(2, 5), tokens(3, 14)]
+    branches = [[(4,), (9,), (0,)], [(7, 8, 9), (7,)], [(1, 2)]]
+    sequences = [decoder.open(prompt) for prompt in prompts]
+    for _ in range(3):
+        found = decoder.run(sequences, branches)
+        rows = [[*s.tokens, *b] for s, own in zip(sequences, branches, strict=True) for b in own]
+        assert_close(found, recompute(model, rows))
+        for sequence, own in zip(sequences, branches, strict=True):
+            sequence.append(*own[0])
+    sequences[0].append(3)  # a token that was never scored, as a draw from the tail
+    sequences[1].append(5, 6)
+    found = decoder.run(sequences, branches)
+    rows = [[*s.tokens, *b] for s, own in zip(sequences, branches, strict=True) for b in own]
+    assert_close(found, recompute(model, rows))
+    for sequence in sequences:
+        sequence.close()
+    assert decoder.pool.slots.in_use == 0
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "gemma3_text", "opt"])
+def test_chunked_prefill_equals_full_recompute(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastguide.models.decoder.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("fastguide.models.decoder.PASS_TOKENS", 10)
+    model = tiny_model(case)
+    decoder = Decoder(model)
+    prompts = [tokens(4, 40), tokens(5, 3), tokens(6, 18)]
+    found = decoder.run([decoder.open(p) for p in prompts])
+    assert_close(found, recompute(model, prompts))
+    sequences = [decoder.open(p) for p in prompts]
+    decoder.prefill(sequences, keep=1)
+    assert [len(s.pending) for s in sequences] == [1, 1, 1]
+    assert_close(decoder.run(sequences), recompute(model, prompts))
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma3_text"])
+def test_forks_share_slots_and_agree(case: str) -> None:
+    model = tiny_model(case)
+    decoder = Decoder(model)
+    first = decoder.open(tokens(1, 20))
+    decoder.prefill([first])
+    twins = [first, first.fork(), first.fork()]
+    assert decoder.pool.slots.in_use == 20
+    for i, twin in enumerate(twins):
+        twin.append(i + 1)
+    found = decoder.run(twins)
+    assert decoder.pool.slots.in_use == 23
+    assert_close(found, recompute(model, [t.tokens for t in twins]))
+    first.close()
+    assert decoder.pool.slots.in_use == 22
+    twins[1].append(9)
+    assert_close(decoder.run([twins[1]]), recompute(model, [twins[1].tokens]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["llama", "gemma3_text", "gpt2"])
+def test_low_precision_error_is_that_of_the_models_own_attention(
+    case: str, dtype: torch.dtype
+) -> None:
+    """At most twice the error of the same-precision eager run, both against fp32."""
+    exact = tiny_model(case).to(dtype).float()
+    low = tiny_model(case, dtype)
+    rows = [[*tokens(1, 23), b] for b in (4, 9, 0)]
+    truth = recompute(exact, rows)
+    own = (recompute(low, rows).float() - truth).norm()
+    decoder = Decoder(low)
+    found = decoder.run([decoder.open(tokens(1, 23))], [[(4,), (9,), (0,)]]).float()
+    assert (found - truth).norm() <= 2 * own
+
+
+def test_a_failing_pass_gives_its_slots_back() -> None:
+    decoder = Decoder(tiny_model("llama"))
+    sequence = decoder.open([1, 2, 3])
+    decoder.run([sequence], [[(4,)]])
+    held = decoder.pool.slots.in_use
+    sequence.append(10_000)  # outside the vocabulary
+    with pytest.raises(IndexError):
+        decoder.run([sequence])
+    assert decoder.pool.slots.in_use == held - 1  # the branch that was not taken
+    sequence.truncate(3)
+    sequence.append(4)
+    assert_close(decoder.run([sequence]), recompute(decoder.model, [[1, 2, 3, 4]]))
