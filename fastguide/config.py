@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Union
+from typing import Literal, NamedTuple
 
 MAX_CANDIDATES = 256
 """Most candidates a rule may ask for, and what the kernels are built for."""
@@ -48,7 +48,7 @@ class Plain:
     """The base model's own distribution; guides are not asked."""
 
     k: int = 20
-    """How many tokens one pass over the vocabulary extracts; the tokens drawn do not depend on it."""
+    """How many tokens one pass over the vocabulary extracts; what is drawn is independent of it."""
 
     guided = False
 
@@ -126,4 +126,4 @@ class ARGS:
         return RowParameters(self.k, scale, weight, FILLS.index("drop"), greedy, inverse)
 
 
-Rule = Union[Plain, VAS, ARGS]
+Rule = Plain | VAS | ARGS

@@ -157,16 +157,17 @@ def guide_sample(
     logit, so at zero weight the token does not depend on how many candidates there are.
 
     Greedy rows take the mode: the best candidate, or the best other token (column ``count`` of
-    ``values``) where that is strictly better. Their KL and log-probabilities are those of the
-    distribution whose mode it is.
+    ``values``) where that is strictly better, which only ``FILL_NONE`` allows: under
+    ``FILL_MEAN`` some candidate's bonus is at least 0. Their KL and log-probabilities are those
+    of the distribution whose mode it is.
 
     Args:
         values: ``[N, K]`` fp32 or fp64, the K largest ``z``, sorted.
         ids: ``[N, K]`` integers, the token ids of ``values``.
         lse: ``[N]``, ``A``.
         scores: ``[N, K]`` composed guide scores; only the first ``count`` columns are read.
-        count: ``[N]`` int64, how many of the columns are candidates, 1 to K. Greedy rows with a
-            fill other than ``FILL_DROP`` need one column more unless the vocabulary ends there.
+        count: ``[N]`` int64, how many of the columns are candidates, 1 to K. Greedy rows with
+            ``FILL_NONE`` need one column more unless the vocabulary ends there.
         scale: ``[N]`` factor of the base log-probability; 1 unless the fill is ``FILL_DROP``.
         weight: ``[N]`` factor of the score (VAS: beta).
         fill: ``[N]`` int64, one of the ``FILL_*`` codes.

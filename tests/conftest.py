@@ -1,0 +1,47 @@
+"""Fixtures: the packaged model, and guides on it that need no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguide.assets import packaged
+from fastguide.models.value import ValueModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def stories() -> str:
+    """Path of the packaged language model."""
+    return str(packaged("stories"))
+
+
+def _guide(folder: Path, base: str, seed: int, lora_rank: int | None) -> str:
+    torch.manual_seed(seed)
+    model = ValueModel.create(base, lora_rank=lora_rank)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+        model.head.weight.normal_(std=0.05)
+        model.head.bias.fill_(0.1)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def lora_guide(stories: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a LoRA value guide with random weights."""
+    return _guide(tmp_path_factory.mktemp("lora"), stories, 1, lora_rank=4)
+
+
+@pytest.fixture(scope="session")
+def full_guide(stories: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a value guide with full weights and a random head."""
+    return _guide(tmp_path_factory.mktemp("full"), stories, 2, lora_rank=None)

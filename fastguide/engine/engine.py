@@ -187,7 +187,7 @@ class Engine:
         weights: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
     ) -> Iterator[Sample | Completion]:
-        """The decode loop: every sample after each of its steps; refused requests as completions."""
+        """The decode loop: samples after each of their steps; refused requests as completions."""
         count = len(prompts)
         rules = per_prompt("rule", rule, count)
         weighings = per_prompt("weights", weights, count)

@@ -24,7 +24,7 @@ class RowBatch:
     inv_temperature: Tensor
     seed: Tensor
     width: int
-    """Columns to extract: the largest k, and one more where a greedy row must see past it."""
+    """Columns to extract: the largest k, and one more where the mode can lie past it."""
 
     @classmethod
     def build(
@@ -49,7 +49,7 @@ class RowBatch:
             greedy=column([r.greedy for r in rows], torch.bool),
             inv_temperature=column([r.inv_temperature for r in rows], torch.float32),
             seed=column(list(seeds), torch.int64),
-            width=max(r.k + r.greedy for r in rows),
+            width=max(r.k + (r.greedy and r.fill == reference.FILL_NONE) for r in rows),
         )
 
 

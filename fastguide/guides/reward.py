@@ -46,7 +46,8 @@ class RewardGuide:
         )
         if model.config.num_labels != 1:
             raise ValueError(
-                f"reward guide {str(self.path)!r} has {model.config.num_labels} labels; allowed is 1"
+                f"reward guide {str(self.path)!r} has {model.config.num_labels} labels; "
+                "allowed is 1"
             )
         head = getattr(model, "score", None)
         if not isinstance(head, nn.Linear):

@@ -1,4 +1,4 @@
-"""Value guides: a causal backbone with a scalar head predicts the reward of a prefix (VAS eq. 3)."""
+"""Value guides: a causal backbone with a scalar head predicts a prefix's reward (VAS eq. 3)."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class _Rows(NamedTuple):
         return ends.tolist()[1:] if self.branches else ends.tolist()
 
     def visible(self) -> np.ndarray:
-        """``[rows, rows]``: each row sees the chain up to itself and its own branch up to itself."""
+        """``[rows, rows]``: a row sees the chain and its own branch, both up to itself."""
         chain = len(self.chain)
         if all(len(branch) == 1 for branch in self.branches):
             seen = np.eye(chain + len(self.branches), dtype=bool)

@@ -1,13 +1,37 @@
-"""Labelled responses and the padded batches that the trainer reads."""
+"""Responses of the policy, their labels, and the padded batches that the trainer reads."""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+
+from fastguide.models.guide_config import RewardScale
+from fastguide.train.rewards import REWARDS, scale_of, standardise
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response; ``response_ids`` includes the eos if one was produced."""
+
+    prompt: int
+    sample: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    finish_reason: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Rollout:
+        raw = json.loads(line)
+        ids = {name: tuple(raw.pop(name)) for name in ("prompt_ids", "response_ids")}
+        return cls(**raw, **ids)
 
 
 @dataclass(frozen=True)
@@ -44,6 +68,35 @@ class EpisodeBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> EpisodeBatch:
         return EpisodeBatch(*(tensor.to(device) for tensor in self))
+
+
+def label(
+    rollouts: Sequence[Rollout],
+    reward: str,
+    decode: Callable[[Sequence[int]], str],
+    max_tokens: int | None = None,
+) -> tuple[list[Episode], RewardScale]:
+    """Episodes with standardised rewards, and the scale that standardises them.
+
+    Args:
+        rollouts: of the unguided policy.
+        reward: a name in ``REWARDS``.
+        decode: token ids to text without special tokens.
+        max_tokens: cut responses to this many tokens first; the first tokens of a longer
+            response are a response sampled with that limit.
+    """
+    if reward not in REWARDS:
+        raise ValueError(f"unknown reward {reward!r}; there are {', '.join(sorted(REWARDS))}")
+    responses = [rollout.response_ids[:max_tokens] for rollout in rollouts]
+    raw = [REWARDS[reward](decode(response), response) for response in responses]
+    scale = scale_of(reward, raw)
+    episodes = [
+        Episode(rollout.prompt_ids, response, value)
+        for rollout, response, value in zip(
+            rollouts, responses, standardise(raw, scale), strict=True
+        )
+    ]
+    return episodes, scale
 
 
 def collate(episodes: Sequence[Episode]) -> EpisodeBatch:

@@ -22,9 +22,17 @@ SIZES = dict(
 )
 NO_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 OPT = dict(
-    vocab_size=97, hidden_size=48, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4,
-    max_position_embeddings=128, word_embed_proj_dim=32, pad_token_id=1, bos_token_id=2, eos_token_id=2,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=48,
+    ffn_dim=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=128,
+    word_embed_proj_dim=32,
+    pad_token_id=1,
+    bos_token_id=2,
+    eos_token_id=2,
+)
 GPT2 = dict(vocab_size=97, n_embd=48, n_layer=3, n_head=4, n_positions=128, **NO_TOKENS)
 NEOX = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")} | NO_TOKENS
 HEADS = {k: v for k, v in SIZES.items() if k != "head_dim"} | NO_TOKENS

@@ -1,0 +1,5 @@
+"""``python -m fastguide.cli``, for environments without the console script."""
+
+from fastguide.cli import main
+
+main()

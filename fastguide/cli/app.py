@@ -1,0 +1,80 @@
+"""The application: its commands, and what an error means for the exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastguide import __version__
+from fastguide.cli.demo import demo
+from fastguide.cli.generate import generate
+
+BAD_INPUT = 2
+"""Exit code for input that cannot be used: one sentence on standard error says why."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it; what was done has been printed."""
+CLOSED_PIPE = 141
+"""Exit code when the reader of standard output has gone (``fastguide … | head``)."""
+
+
+class Commands(TyperGroup):
+    """Turns the errors of every command into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command.
+
+        Raises:
+            typer.Exit: with ``BAD_INPUT``, ``INTERRUPTED`` or ``CLOSED_PIPE``.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise typer.Exit(INTERRUPTED) from error
+        except BrokenPipeError as error:
+            # Python flushes standard output once more at exit; that must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(CLOSED_PIPE) from error
+        except (ValueError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(BAD_INPUT) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(generate)
+app.command()(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastguide {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fastguide(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Steer a language model while it decodes, at about the cost of plain decoding.
+
+    Try it: fastguide generate "Once upon a time" --guide cheerful --beta 4
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="fastguide")

@@ -1,0 +1,164 @@
+"""From what was typed to plain data: guides, rule, prompts. No torch here."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastguide import assets
+from fastguide.config import ARGS, VAS, Plain, Rule
+
+BASE_MODEL = "stories"
+"""The packaged model; every other packaged name is a guide."""
+
+_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
+
+@dataclass(frozen=True)
+class GuideArgument:
+    """One ``--guide``: what to call it, where it is, how much it counts."""
+
+    name: str
+    path: str
+    weight: float = 1.0
+
+
+def packaged_guides() -> list[str]:
+    """Names that ``--guide`` takes without a path."""
+    return [name for name in assets.names() if name != BASE_MODEL]
+
+
+def parse_guide(text: str) -> GuideArgument:
+    """Read ``NAME[:WEIGHT]`` of a packaged guide or ``NAME=PATH[:WEIGHT]``.
+
+    The weight is a trailing number after a colon, so that ``C:\\models`` and hub ids keep theirs;
+    a path that exists as it stands is taken whole.
+
+    Raises:
+        ValueError: for a name that is not packaged, or an empty name or path.
+    """
+    name, equals, path = text.partition("=")
+    target, weight = _split_weight(path if equals else name)
+    if not equals:
+        if target not in packaged_guides():
+            raise ValueError(
+                f"unknown guide {target!r}; packaged guides are {', '.join(packaged_guides())}, "
+                "others are given as NAME=PATH"
+            )
+        return GuideArgument(target, target, weight)
+    if not name.strip() or not target:
+        raise ValueError(f"guide is {text!r}; allowed are NAME[:WEIGHT] and NAME=PATH[:WEIGHT]")
+    return GuideArgument(name.strip(), target, weight)
+
+
+def _split_weight(text: str) -> tuple[str, float]:
+    found = _WEIGHTED.fullmatch(text)
+    if found is None or Path(text).exists():
+        return text, 1.0
+    return found["path"], float(found["weight"])
+
+
+def parse_guides(texts: Sequence[str]) -> list[GuideArgument]:
+    """All ``--guide`` options.
+
+    Raises:
+        ValueError: as ``parse_guide``, and for a name that comes twice.
+    """
+    guides = [parse_guide(text) for text in texts]
+    names = [guide.name for guide in guides]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"guide {name!r} is given {names.count(name)} times; allowed is once")
+    return guides
+
+
+def build_rule(
+    name: str | None,
+    guided: bool,
+    *,
+    beta: float | None = None,
+    weight: float | None = None,
+    k: int | None = None,
+    fill: str | None = None,
+    form: str | None = None,
+) -> Rule:
+    """The rule of the options that were given; None stands for an option left out.
+
+    Args:
+        name: ``vas``, ``args`` or ``none``; None is ``vas`` with guides, ``none`` without.
+        guided: whether any guide is given.
+        beta: strength, of VAS.
+        weight: strength, of ARGS.
+        k: how many tokens are scored.
+        fill: of VAS.
+        form: of ARGS.
+
+    Raises:
+        ValueError: for an unknown rule, a rule without a guide, an option of another rule or a
+            value that is not allowed.
+    """
+    chosen = name or ("vas" if guided else "none")
+    takes = {"vas": ("beta", "k", "fill"), "args": ("weight", "k", "form"), "none": ()}
+    if chosen not in takes:
+        raise ValueError(f"rule is {chosen!r}; allowed are {', '.join(takes)}")
+    options = {"beta": beta, "weight": weight, "k": k, "fill": fill, "form": form}
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in takes[chosen]:
+            reason = f"rule is {chosen!r}" if name else "no --guide is given"
+            users = [rule for rule, keys in takes.items() if key in keys]
+            raise ValueError(f"--{key} is given, but {reason}; allowed with rule {' or '.join(users)}")
+    if chosen == "none":
+        return Plain()
+    if not guided:
+        raise ValueError(
+            f"rule is {chosen!r}, but no guide is given; add --guide, such as --guide cheerful"
+        )
+    return VAS(**given) if chosen == "vas" else ARGS(**given)  # type: ignore[arg-type]
+
+
+def read_prompts(arguments: Sequence[str], source: str | None) -> list[str]:
+    """Prompts from arguments, then from a file or standard input, one per line.
+
+    Standard input is read for ``-``, or where it is piped and nothing else is given. Blank lines
+    of files are skipped.
+
+    Args:
+        arguments: as typed; ``-`` stands for standard input.
+        source: a file, ``-``, or None.
+
+    Raises:
+        ValueError: when there is no prompt, or a file cannot be read.
+    """
+    prompts = [argument for argument in arguments if argument != "-"]
+    piped = not arguments and source is None and not sys.stdin.isatty()
+    if "-" in arguments or source == "-" or piped:
+        prompts += _lines("standard input", None)
+    if source not in (None, "-"):
+        prompts += _lines(repr(source), Path(str(source)))
+    if not prompts:
+        raise ValueError("no prompt is given; type one, or use --input FILE or standard input")
+    return prompts
+
+
+def _lines(name: str, path: Path | None) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read prompts from {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read prompts from {name}: it is not UTF-8 text") from error
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{name} holds no prompt; allowed is one per line")
+    return lines
+
+
+def unescape(text: str) -> str:
+    r"""Turn ``\n``, ``\t`` and ``\\`` into the characters they mean, as shells do not."""
+    return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)

@@ -1,0 +1,100 @@
+"""``fastguide generate``: complete prompts, guided or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import typer
+
+from fastguide.cli import options
+from fastguide.cli.arguments import build_rule, parse_guides, read_prompts, unescape
+from fastguide.cli.loading import load_engine
+from fastguide.cli.output import Printer, opened
+from fastguide.config import Rule
+from fastguide.request import GenerationError, SamplingParams
+
+if TYPE_CHECKING:
+    from fastguide.engine import Engine
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to generate, checked as far as it can be without a model."""
+
+    prompts: Sequence[str]
+    rule: Rule
+    weights: Mapping[str, float] | None
+    sampling: SamplingParams
+
+
+def generate(
+    prompts: options.Prompts = None,
+    source: options.Input = None,
+    model: options.Model = None,
+    guides: options.Guides = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    rule: options.RuleName = None,
+    beta: options.Beta = None,
+    weight: options.Weight = None,
+    k: options.K = None,
+    fill: options.Fill = None,
+    form: options.Form = None,
+    temperature: options.Temperature = 0.7,
+    max_tokens: options.MaxTokens = 128,
+    stop: options.Stop = None,
+    samples: options.Samples = 1,
+    seed: options.Seed = None,
+    stream: options.Stream = False,
+    as_json: options.AsJson = False,
+    output: options.Output = None,
+) -> None:
+    """Continue texts with a language model that guides steer."""
+    if stream and as_json:
+        raise ValueError("--stream and --json are both given; allowed is one of them")
+    given = parse_guides(guides or [])
+    chosen = build_rule(
+        rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form
+    )
+    used = given if chosen.guided else []
+    job = Job(
+        prompts=read_prompts(prompts or [], source),
+        rule=chosen,
+        weights={guide.name: guide.weight for guide in used} or None,
+        sampling=SamplingParams(
+            temperature=temperature,
+            max_tokens=max_tokens,
+            stop=[unescape(text) for text in stop or []],
+            seed=seed,
+            n=samples,
+        ),
+    )
+    with opened(output) as file:
+        printer = Printer(file, job.prompts, samples, as_json)
+        engine = load_engine(
+            model, used, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        try:
+            (_stream if stream else _complete)(engine, job, printer)
+        except KeyboardInterrupt:
+            printer.report_interrupt()
+            raise
+    if printer.failed:
+        raise typer.Exit(2)
+
+
+def _complete(engine: Engine, job: Job, printer: Printer) -> None:
+    for completion in engine.completions(list(job.prompts), job.rule, job.weights, job.sampling):
+        printer.add(completion)
+
+
+def _stream(engine: Engine, job: Job, printer: Printer) -> None:
+    for i, prompt in enumerate(job.prompts):
+        try:
+            printer.stream(i, engine.stream(prompt, job.rule, job.weights, job.sampling))
+        except GenerationError as error:
+            where = f"prompt {i}: " if len(job.prompts) > 1 else ""
+            printer.fail(f"{where}{error}")

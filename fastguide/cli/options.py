@@ -1,0 +1,81 @@
+"""The options of the commands: types, names and help. What they mean is in ``arguments.py``."""
+
+from typing import Annotated, Any
+
+import typer
+
+
+def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **kwargs)
+
+
+_MODEL, _RULE, _SAMPLING, _OUTPUT = "Model and guides", "Rule", "Sampling", "Output"
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[PROMPT]...", help="Texts to continue; - reads standard input."),
+]
+Input = Annotated[
+    str | None,
+    typer.Option("--input", metavar="FILE", help="Read prompts from a file, one per line, or -."),
+]
+
+Model = Annotated[
+    str | None,
+    _option(_MODEL, "Base model; left out: the packaged story model.", metavar="PATH|HUB-ID"),
+]
+Guides = Annotated[
+    list[str] | None,
+    _option(
+        _MODEL,
+        "A guide and its weight (1); repeat for more. Packaged: cheerful, brief.",
+        "--guide",
+        metavar="NAME[=PATH][:WEIGHT]",
+    ),
+]
+Device = Annotated[str | None, _option(_MODEL, "cpu, cuda or cuda:N.", metavar="NAME")]
+Dtype = Annotated[str | None, _option(_MODEL, "float32, bfloat16 or float16.", metavar="NAME")]
+TrustRemoteCode = Annotated[
+    bool, _option(_MODEL, "Run code shipped with checkpoints.", "--trust-remote-code")
+]
+
+RuleName = Annotated[
+    str | None,
+    _option(
+        _RULE,
+        "How scores steer; left out: vas with guides, else none.",
+        "--rule",
+        metavar="vas|args|none",
+    ),
+]
+Beta = Annotated[
+    float | None, _option(_RULE, "Strength of vas (1); below 0 steers away.", metavar="NUMBER")
+]
+Weight = Annotated[float | None, _option(_RULE, "Strength of args (1.5).", metavar="NUMBER")]
+K = Annotated[
+    int | None,
+    _option(_RULE, "Tokens scored per step (vas 20, args 10).", "--k", metavar="COUNT"),
+]
+Fill = Annotated[
+    str | None, _option(_RULE, "vas: score of all other tokens.", metavar="mean|none|drop")
+]
+Form = Annotated[
+    str | None, _option(_RULE, "args: form of the score.", metavar="additive|interpolated")
+]
+
+Temperature = Annotated[
+    float, _option(_SAMPLING, "0 takes the best token at every step.", metavar="NUMBER")
+]
+MaxTokens = Annotated[int, _option(_SAMPLING, "Most new tokens.", metavar="COUNT")]
+Stop = Annotated[
+    list[str] | None,
+    _option(_SAMPLING, "End before this text; \\n is a line break.", metavar="TEXT"),
+]
+Samples = Annotated[int, _option(_SAMPLING, "Samples per prompt.", "--n", metavar="COUNT")]
+Seed = Annotated[
+    int | None, _option(_SAMPLING, "Left out: another each time.", metavar="NUMBER")
+]
+
+Stream = Annotated[bool, _option(_OUTPUT, "Print text as it is decoded.", "--stream")]
+AsJson = Annotated[bool, _option(_OUTPUT, "One JSON object per completion.", "--json")]
+Output = Annotated[str | None, _option(_OUTPUT, "Write to a file.", metavar="FILE")]

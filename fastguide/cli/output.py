@@ -1,0 +1,128 @@
+"""How completions are printed: as text, as JSON lines, or piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import typer
+
+from fastguide.request import Completion, Piece
+
+
+@contextlib.contextmanager
+def opened(path: str | None) -> Iterator[TextIO]:
+    """The file to write to; standard output for None.
+
+    Raises:
+        ValueError: when the file cannot be written.
+    """
+    if path is None:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    try:
+        file = Path(path).open("w", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+    except OSError as error:
+        raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error
+
+
+class Printer:
+    """Prints completions as they finish, and counts them."""
+
+    def __init__(self, file: TextIO, prompts: Sequence[str], samples: int, as_json: bool) -> None:
+        """Choose the form of the output.
+
+        Args:
+            file: where completions go; errors go to standard error.
+            prompts: shown before the completions on terminals.
+            samples: per prompt; with several completions each gets a heading.
+            as_json: one JSON object per line instead of text.
+        """
+        self._file = file
+        self._prompts = prompts
+        self._headings = len(prompts) > 1 or samples > 1
+        self._samples = samples
+        self._as_json = as_json
+        self.finished = self.aborted = self.failed = 0
+
+    def add(self, completion: Completion) -> None:
+        """Print one completion."""
+        self._count(completion)
+        if completion.finish_reason == "error":
+            typer.echo(f"error: {completion.error}", err=True)
+        if self._as_json:
+            print(json.dumps(as_dict(completion), ensure_ascii=False), file=self._file, flush=True)
+        elif completion.finish_reason != "error":
+            self._begin(completion.prompt, completion.sample)
+            print(completion.text, file=self._file, flush=True)
+
+    def stream(self, prompt: int, pieces: Iterable[Piece]) -> None:
+        """Print one prompt's pieces live, sample after sample; later samples wait their turn."""
+        waiting: defaultdict[int, list[Piece]] = defaultdict(list)
+        shown, begun = 0, False
+        for piece in pieces:
+            waiting[piece.sample].append(piece)
+            while waiting[shown]:
+                if not begun:
+                    self._begin(prompt, shown)
+                    begun = True
+                now = waiting[shown].pop(0)
+                print(now.text, end="", file=self._file, flush=True)
+                if now.completion is not None:
+                    print(file=self._file, flush=True)
+                    self._count(now.completion)
+                    shown, begun = shown + 1, False
+
+    def fail(self, sentence: str) -> None:
+        """Report a prompt that failed."""
+        self.failed += 1
+        typer.echo(f"error: {sentence}", err=True)
+
+    def report_interrupt(self) -> None:
+        """Say what was done when Ctrl-C came."""
+        typer.echo(
+            f"interrupted: {self.finished} completions finished, {self.aborted} cut short", err=True
+        )
+
+    def _count(self, completion: Completion) -> None:
+        if completion.finish_reason == "error":
+            self.failed += 1
+        elif completion.finish_reason == "aborted":
+            self.aborted += 1
+        else:
+            self.finished += 1
+
+    def _begin(self, prompt: int, sample: int) -> None:
+        """A heading where there are several completions, and the prompt on terminals."""
+        if self._headings:
+            title = f"== prompt {prompt}, sample {sample} =="
+            typer.echo(typer.style(title, fg="cyan"), file=self._file)
+        if self._file.isatty():
+            typer.echo(typer.style(self._prompts[prompt], dim=True), file=self._file, nl=False)
+
+
+def as_dict(completion: Completion) -> dict[str, object]:
+    """What ``--json`` prints of a completion."""
+    return {
+        "prompt": completion.prompt,
+        "sample": completion.sample,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "mean_kl": completion.mean_kl,
+        "mean_score": completion.mean_score,
+        "seconds": round(completion.seconds, 4),
+        "seed": completion.seed,
+        "error": completion.error,
+    }
