@@ -33,9 +33,9 @@ def packaged_guides() -> list[str]:
 
 
 def parse_guide(text: str) -> GuideArgument:
-    """Read ``NAME[:WEIGHT]`` of a packaged guide or ``NAME=PATH[:WEIGHT]``.
+    r"""Read ``NAME[:WEIGHT]`` of a packaged guide or ``NAME=PATH[:WEIGHT]``.
 
-    The weight is a trailing number after a colon, so that ``C:\\models`` and hub ids keep theirs;
+    The weight is a trailing number after a colon, so that ``C:\models`` and hub ids keep theirs;
     a path that exists as it stands is taken whole.
 
     Raises:
@@ -111,7 +111,9 @@ def build_rule(
         if key not in takes[chosen]:
             reason = f"rule is {chosen!r}" if name else "no --guide is given"
             users = [rule for rule, keys in takes.items() if key in keys]
-            raise ValueError(f"--{key} is given, but {reason}; allowed with rule {' or '.join(users)}")
+            raise ValueError(
+                f"--{key} is given, but {reason}; allowed with rule {' or '.join(users)}"
+            )
     if chosen == "none":
         return Plain()
     if not guided:

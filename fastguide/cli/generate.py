@@ -56,9 +56,7 @@ def generate(
     if stream and as_json:
         raise ValueError("--stream and --json are both given; allowed is one of them")
     given = parse_guides(guides or [])
-    chosen = build_rule(
-        rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form
-    )
+    chosen = build_rule(rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form)
     used = given if chosen.guided else []
     job = Job(
         prompts=read_prompts(prompts or [], source),

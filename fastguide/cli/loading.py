@@ -85,10 +85,19 @@ def _is_value_guide(path: str) -> bool:
     if folder.is_dir():
         return (folder / CONFIG_FILE).is_file() or not (folder / "config.json").is_file()
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
-        hf_hub_download(str(path), CONFIG_FILE)
-    except (EntryNotFoundError, HFValidationError, OSError) as error:
-        return not isinstance(error, EntryNotFoundError)
+        hf_hub_download(path, CONFIG_FILE)
+    except (HFValidationError, OSError) as error:
+        found_none = isinstance(error, EntryNotFoundError)
+        if found_none and not isinstance(error, LocalEntryNotFoundError):
+            return False  # the repository is there, the file is not
+        raise ValueError(
+            f"no guide at {path!r}: neither a folder nor a hub id that can be fetched"
+        ) from error
     return True

@@ -13,7 +13,7 @@ _MODEL, _RULE, _SAMPLING, _OUTPUT = "Model and guides", "Rule", "Sampling", "Out
 
 Prompts = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[PROMPT]...", help="Texts to continue; - reads standard input."),
+    typer.Argument(metavar="PROMPT", help="Texts to continue; - reads standard input."),
 ]
 Input = Annotated[
     str | None,
@@ -72,10 +72,19 @@ Stop = Annotated[
     _option(_SAMPLING, "End before this text; \\n is a line break.", metavar="TEXT"),
 ]
 Samples = Annotated[int, _option(_SAMPLING, "Samples per prompt.", "--n", metavar="COUNT")]
-Seed = Annotated[
-    int | None, _option(_SAMPLING, "Left out: another each time.", metavar="NUMBER")
-]
+Seed = Annotated[int | None, _option(_SAMPLING, "Left out: another each time.", metavar="NUMBER")]
 
 Stream = Annotated[bool, _option(_OUTPUT, "Print text as it is decoded.", "--stream")]
 AsJson = Annotated[bool, _option(_OUTPUT, "One JSON object per completion.", "--json")]
 Output = Annotated[str | None, _option(_OUTPUT, "Write to a file.", metavar="FILE")]
+
+DemoPrompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", metavar="TEXT", help="A prompt of your own; repeat for more."),
+]
+DemoSamples = Annotated[int, typer.Option("--n", metavar="COUNT", help="Samples per prompt.")]
+DemoBeta = Annotated[float, typer.Option(metavar="NUMBER", help="Strength of the guides.")]
+DemoSeed = Annotated[int, typer.Option(metavar="NUMBER", help="Another seed, other stories.")]
+DemoMaxTokens = Annotated[
+    int, typer.Option("--max-tokens", metavar="COUNT", help="Most new tokens.")
+]

@@ -27,11 +27,7 @@ def opened(path: str | None) -> Iterator[TextIO]:
         sys.stdout.flush()
         return
     try:
-        file = Path(path).open("w", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error
-    try:
-        with file:
+        with Path(path).open("w", encoding="utf-8") as file:
             yield file
     except OSError as error:
         raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error

@@ -132,9 +132,13 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     """
     where = str(resolve(path))
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ValueError(f"cannot load a tokenizer from {where!r}: {one_line(error)}") from error
+    # Without files, transformers makes up an empty tokenizer of the model's type.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(f"cannot load a tokenizer from {where!r}: it holds no vocabulary")
+    return tokenizer
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

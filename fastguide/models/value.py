@@ -9,6 +9,7 @@ A guide folder holds ``guide_config.json`` (see `GuideConfig`), ``value_head.saf
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class ValueModel(nn.Module):
         )
         hidden_size = _hidden_size(backbone)
         if lora_rank is not None:
-            from peft import LoraConfig, get_peft_model
+            from peft import LoraConfig
 
             if lora_rank < 1:
                 raise ValueError(f"lora_rank must be at least 1 or None, got {lora_rank}")
@@ -115,7 +116,7 @@ class ValueModel(nn.Module):
                 lora_dropout=lora_dropout,
                 bias="none",
             )
-            backbone = get_peft_model(backbone, lora)
+            backbone = _with_lora(backbone, lora)
         model = cls(backbone, ScalarHead(hidden_size), config or GuideConfig(base_model=where))
         return model.to(device) if device is not None else model
 
@@ -253,16 +254,25 @@ def _hidden_size(backbone: nn.Module) -> int:
     return int(config.get_text_config().hidden_size)
 
 
+def _with_lora(backbone: nn.Module, lora: Any) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():  # peft asks transformers for a property under its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(backbone, lora)  # type: ignore[arg-type]
+
+
 def _add_adapter(backbone: nn.Module, folder: Path) -> nn.Module:
     """Put the folder's LoRA on ``backbone``; every tensor must be there and fit."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     try:
         lora = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
         name = folder / ADAPTER_CONFIG_FILE
         raise ValueError(f"{name} is corrupt: {_first_line(error)}") from error
-    model = get_peft_model(backbone, lora)
+    lora.base_model_name_or_path = None  # the base is given, wherever it lies
+    model = _with_lora(backbone, lora)
     _load_state(model, folder / ADAPTER_FILE)
     return model
 

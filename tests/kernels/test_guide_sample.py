@@ -174,7 +174,8 @@ def test_a_shift_of_all_scores_changes_nothing_with_mean_fill() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [VAS(2.0, 6), VAS(-2.0, 6), VAS(-50.0, 2, "none"), VAS(2.0, 6, "drop"), ARGS(1.5, 6), Plain(4)]
+    "rule",
+    [VAS(2.0, 6), VAS(-2.0, 6), VAS(-50.0, 2, "none"), VAS(2.0, 6, "drop"), ARGS(1.5, 6), Plain(4)],
 )
 def test_greedy_takes_the_mode(rule: Rule) -> None:
     logits, scores = logits_of(500), scores_of(500, rule.k)
@@ -236,7 +237,12 @@ def philox_words(counter: list[int], key: list[int]) -> list[int]:
     for _ in range(10):
         a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         low = 0xFFFFFFFF
-        counter = [(b >> 32) ^ counter[1] ^ key[0], b & low, (a >> 32) ^ counter[3] ^ key[1], a & low]
+        counter = [
+            (b >> 32) ^ counter[1] ^ key[0],
+            b & low,
+            (a >> 32) ^ counter[3] ^ key[1],
+            a & low,
+        ]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
     return counter
 
@@ -264,7 +270,9 @@ def test_k_equal_to_the_vocabulary_is_full_vocabulary_vas() -> None:
     out, read = run(logits, scores, VAS(beta=1.7, k=VOCAB), 1.0, torch.arange(32))
     by_token = torch.zeros_like(logits).scatter(1, read["ids"].long(), scores)
     exact = torch.log_softmax(torch.log_softmax(logits, -1) + 1.7 * by_token, -1)
-    assert torch.allclose(out.logprob.double(), exact.gather(1, out.token[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(
+        out.logprob.double(), exact.gather(1, out.token[:, None])[:, 0], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 0.95, 1.0])

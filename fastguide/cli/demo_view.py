@@ -1,0 +1,142 @@
+"""How the demo looks: stories in columns on wide terminals, in rows on narrow ones and in files."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fastguide.config import VAS
+from fastguide.request import SamplingParams
+
+if TYPE_CHECKING:
+    from fastguide.cli.demo import Mean, Outcome
+
+WIDE = 130
+"""Columns from which five stories stand beside each other; below they stand above each other."""
+MOST_WIDTH = 170
+
+NEXT = (
+    'fastguide generate "Once upon a time" --guide cheerful:-1 --beta 4 --stream',
+    'fastguide generate "Tom had a red ball." --guide cheerful --guide brief:0.5 --n 3 --json',
+    'fastguide generate "Tom had a red ball." --guide cheerful --rule args --temperature 0',
+)
+"""What to try after the demo; a test runs them."""
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on standard error that takes the name of the setting that begins."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        begun = 0
+
+        def advance(name: str) -> None:
+            nonlocal begun
+            bar.update(task, description=f"writing: {name}", completed=begun)
+            begun += 1
+
+        yield advance
+
+
+def show(
+    prompts: Sequence[str], outcomes: Sequence[Outcome], rule: VAS, sampling: SamplingParams
+) -> None:
+    """Print the stories, the averages and what to try next."""
+    console = Console(highlight=False)
+    console = Console(highlight=False, width=min(console.width, MOST_WIDTH))
+    if not outcomes:
+        return
+    lay_out = _columns if console.width >= WIDE and console.is_terminal else _rows
+    for i, prompt in enumerate(prompts):
+        console.print()
+        console.print(Text(prompt, style="bold"))
+        console.print(lay_out([(o, _story(o, i)) for o in outcomes]))
+    console.print(_averages(outcomes))
+    console.print(Text(_legend(len(prompts), rule, sampling), style="dim"))
+    console.print("\nTry next:")
+    for command in NEXT:
+        console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
+
+
+def _legend(prompts: int, rule: VAS, sampling: SamplingParams) -> str:
+    return (
+        f"Means of {prompts * sampling.n} responses each ({prompts} prompts, {sampling.n} samples) "
+        "with 95 % intervals; the stories shown are the first samples. Cheerfulness: VADER, in "
+        "standard deviations of unguided responses. KL: from the base model, per response. "
+        f"VAS, beta {rule.beta:g}, k {rule.k}, temperature {sampling.temperature:g}, at most "
+        f"{sampling.max_tokens} tokens."
+    )
+
+
+def _story(outcome: Outcome, prompt: int) -> Text:
+    """The first sample of a prompt, its mood in colour, with a mark where it was cut off."""
+    found = next(c for c in outcome.completions if c.prompt == prompt and c.sample == 0)
+    words = " ".join(found.text.split())
+    story = Text(words + (" …" if found.finish_reason == "length" else ""))
+    valences = _valences()
+    for word in re.finditer(r"[\w']+", words):
+        valence = valences.get(word[0].lower(), 0.0)
+        if abs(valence) >= 1.0:
+            story.stylize("green" if valence > 0 else "red", word.start(), word.end())
+    return story
+
+
+@functools.cache
+def _valences() -> Mapping[str, float]:
+    """How cheerful words are, from -4 to 4: the lexicon that the reward itself uses."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    lexicon: Mapping[str, float] = SentimentIntensityAnalyzer().lexicon
+    return lexicon
+
+
+def _columns(stories: Sequence[tuple[Outcome, Text]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, expand=True, padding=(0, 1))
+    for outcome, _ in stories:
+        table.add_column(Text(outcome.setting.name, style=outcome.setting.style), ratio=1)
+    table.add_row(*(story for _, story in stories))
+    return table
+
+
+def _rows(stories: Sequence[tuple[Outcome, Text]]) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
+    table.add_column(min_width=8, max_width=10)
+    table.add_column(ratio=1)
+    for outcome, story in stories:
+        table.add_row(Text(outcome.setting.name, style=outcome.setting.style), story)
+    return table
+
+
+def _averages(outcomes: Sequence[Outcome]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("")
+    table.add_column("cheerfulness, σ", justify="right")
+    table.add_column("length, tokens", justify="right")
+    table.add_column("KL, nats", justify="right")
+    for outcome in outcomes:
+        table.add_row(
+            Text(outcome.setting.name, style=outcome.setting.style),
+            _number(outcome.cheerfulness, "+.2f"),
+            _number(outcome.tokens, ".0f"),
+            _number(outcome.kl, ".1f"),
+        )
+    return table
+
+
+def _number(mean: Mean, form: str) -> str:
+    value = round(mean.value, 4) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return f"{value:{form}} ± {mean.margin:{form.lstrip('+')}}"
