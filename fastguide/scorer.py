@@ -11,8 +11,8 @@ gets a scalar for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence as Sequences
-from typing import Protocol
+from collections.abc import Callable, Sequence as Sequences
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,17 +46,19 @@ class State(Protocol):
 class Scorer(Protocol):
     """A loaded guide: gives each candidate continuation of each request a scalar."""
 
-    context: int | None
-    """Most tokens of a request, candidate included; None for no limit."""
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a request, candidate included; None for no limit."""
 
     def open(self, tokens: Sequences[int]) -> State:
         """Start a request with its prompt's tokens."""
 
-    def prefill(self, states: Sequences[State]) -> None:
+    # States come back to the scorer that opened them, so each takes its own kind (hence Any).
+    def prefill(self, states: Sequences[Any]) -> None:
         """Compute what can be computed before candidates are known."""
 
     def score(
-        self, states: Sequences[State], candidates: Sequences[Sequences[Candidate]]
+        self, states: Sequences[Any], candidates: Sequences[Sequences[Candidate]]
     ) -> list[Tensor]:
         """Scores of every request's candidates: ``[k_r]`` fp32 tensors; higher is better."""
 
@@ -79,9 +81,9 @@ class TreeScorer:
         """Start a request with its prompt's tokens; nothing is computed yet."""
         return self.decoder.open(tokens)
 
-    def prefill(self, states: Iterable[Sequence]) -> None:
+    def prefill(self, states: Sequences[Sequence]) -> None:
         """Compute keys and values of all pending tokens."""
-        self.decoder.prefill(list(states))
+        self.decoder.prefill(states)
 
     @torch.inference_mode()
     def score(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -64,9 +64,10 @@ class Engine:
         """
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows is {max_rows!r}; allowed are whole numbers from 1")
-        if guides is None:
+        chosen: Mapping[str, Guide] = guides or {}
+        if guides is None and model is None:
             others = [n for n in packaged_names() if n != DEFAULT_MODEL]
-            guides = {name: ValueGuide(name) for name in others} if model is None else {}
+            chosen = {name: ValueGuide(name) for name in others}
         path = DEFAULT_MODEL if model is None else model
         where = resolve_device(device)
         wanted = resolve_dtype(dtype)
@@ -85,7 +86,7 @@ class Engine:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        scorers = {name: guide.load(context) for name, guide in guides.items()}
+        scorers = {name: guide.load(context) for name, guide in chosen.items()}
         self.runner = Runner(policy, scorers)
         self.max_rows = max_rows
         config = policy.model.config.get_text_config()
@@ -241,7 +242,7 @@ class Engine:
         except ValueError as error:
             return Completion(request.index, 0, finish_reason="error", error=str(error))
         for i, row in enumerate(rows):
-            text = TextStream(self.tokenizer, request.tokens, request.sampling.stop)  # type: ignore[arg-type]
+            text = TextStream(self.tokenizer, request.tokens, request.sampling.stop)
             completion = Completion(
                 request.index, i, seed=row.seed, prompt_tokens=len(request.tokens)
             )
@@ -285,7 +286,7 @@ def _progress(
     wanted: bool | None,
     prompts: int,
     sampling: SamplingParams | Sequence[SamplingParams] | None,
-) -> Iterator[object]:
+) -> Iterator[Callable[[], object]]:
     """A callable that notes one finished completion, on a bar where one is wanted."""
     per = (
         sampling

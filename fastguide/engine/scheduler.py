@@ -10,7 +10,9 @@ from typing import Generic, Protocol, TypeVar
 class Sized(Protocol):
     """Something that takes up rows of a batch."""
 
-    rows: int
+    @property
+    def rows(self) -> int:
+        """Batch rows it takes up now."""
 
 
 T = TypeVar("T", bound=Sized)

@@ -25,7 +25,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
         if not prompt:
             raise ValueError("the prompt is empty; allowed is a text of one token or more")
         return list(tokenizer(prompt)["input_ids"])
-    items = list(prompt) if isinstance(prompt, Iterable) else [prompt]
+    items: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [prompt]
     if not items:
         raise ValueError("the prompt is empty; allowed is one token or message or more")
     if all(isinstance(item, int) and not isinstance(item, bool) for item in items):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ class FunctionScorer:
         """Start a request with its prompt's tokens."""
         return TokenState(tokens)
 
-    def prefill(self, states: Iterable[TokenState]) -> None:
+    def prefill(self, states: Sequence[TokenState]) -> None:
         """Nothing to compute."""
 
     def score(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fastguide.assets import resolve
 from fastguide.guides.base import LoadContext, check_tokenizer
@@ -64,4 +65,6 @@ class RewardGuide:
             scores: Tensor = head(hidden)
             return scores
 
-        return TreeScorer(Decoder(model.base_model, context_length(model.config)), score)
+        return TreeScorer(
+            Decoder(cast(PreTrainedModel, model.base_model), context_length(model.config)), score
+        )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+from transformers import PreTrainedModel
 
 from fastguide.assets import resolve
 from fastguide.guides.base import LoadContext, check_tokenizer
@@ -44,7 +47,7 @@ class ValueGuide:
             trust_remote_code=context.trust_remote_code,
             allow_pickle=context.allow_pickle,
         )
-        backbone = model.backbone.requires_grad_(False)
+        backbone = cast(PreTrainedModel, model.backbone.requires_grad_(False))
         check_config(backbone.config)
         check_model(backbone)
         tokenizer = find_tokenizer(resolve(self.path), backbone.config.name_or_path)

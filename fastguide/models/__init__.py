@@ -1,0 +1,1 @@
+"""Transformers models as fastguide runs them: attention, passes, loading, value models."""

@@ -39,6 +39,7 @@ class GuideConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """What the file holds."""
         return {
             "format_version": FORMAT_VERSION,
             "kind": "value",
@@ -86,5 +87,6 @@ class GuideConfig:
         )
 
     def save(self, folder: Path) -> None:
+        """Write ``guide_config.json`` into ``folder``."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

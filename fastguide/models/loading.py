@@ -152,9 +152,9 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400]
 
 
-def find_tokenizer(*paths: str) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(*paths: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the first path that has one; None if none has."""
-    for path in paths:
+    for path in filter(None, paths):
         try:
             return load_tokenizer(path)
         except ValueError:

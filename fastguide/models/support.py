@@ -96,10 +96,10 @@ def _trial(model: PreTrainedModel) -> None:
         expected = (out.logits if hasattr(out, "logits") else out.last_hidden_state)[:, -1].float()
     finally:
         model.set_attn_implementation(NAME)
-    error = float((found - expected).norm() / expected.norm())
+    distance = float((found - expected).norm() / expected.norm())
     allowed = 1e-3 if model.dtype == torch.float32 else 5e-2
-    if not error <= allowed:
+    if not distance <= allowed:
         raise ValueError(
             f"{type(model).__name__} disagrees with its own attention in a trial pass (relative "
-            f"error {error:.2g}, allowed {allowed:g}); it has a variant fastguide does not know"
+            f"error {distance:.2g}, allowed {allowed:g}); it has a variant fastguide does not know"
         )

@@ -38,6 +38,7 @@ class ScalarHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` of any float dtype to ``[..., 1]`` fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
@@ -75,8 +76,7 @@ class ValueModel(nn.Module):
             ``[B, T]`` fp32.
         """
         output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        values: torch.Tensor = self.head(output.last_hidden_state).squeeze(-1)
-        return values
+        return self.head(output.last_hidden_state).squeeze(-1)
 
     @classmethod
     def create(
@@ -84,9 +84,8 @@ class ValueModel(nn.Module):
         base: str | Path,
         *,
         lora_rank: int | None = 16,
-        lora_alpha: float | None = None,
+        lora_alpha: int | None = None,
         target_modules: str | list[str] = "all-linear",
-        lora_dropout: float = 0.0,
         config: GuideConfig | None = None,
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
@@ -113,7 +112,6 @@ class ValueModel(nn.Module):
                 r=lora_rank,
                 lora_alpha=lora_rank if lora_alpha is None else lora_alpha,
                 target_modules=target_modules,
-                lora_dropout=lora_dropout,
                 bias="none",
             )
             backbone = _with_lora(backbone, lora)
@@ -206,11 +204,11 @@ def _local_folder(path: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(path, ignore_patterns=["*.md"]))
     except (OSError, HFValidationError) as error:
+        reason = _first_line(error)
         raise ValueError(
-            f"no guide at {path!r}: neither a folder nor a hub id that can be fetched "
-            f"({_first_line(error)})"
+            f"no guide at {path!r}, neither a folder nor on the hub: {reason}"
         ) from error
 
 
@@ -240,8 +238,7 @@ def _load_backbone(
         raise ValueError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"the weights of {source!r} lack {len(missing)} tensors: {missing[:3]}")
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def _stored_dtype(source: str, trust_remote_code: bool) -> torch.dtype:
@@ -249,9 +246,8 @@ def _stored_dtype(source: str, trust_remote_code: bool) -> torch.dtype:
     return getattr(config, "dtype", None) or torch.float32
 
 
-def _hidden_size(backbone: nn.Module) -> int:
-    config: Any = backbone.config
-    return int(config.get_text_config().hidden_size)
+def _hidden_size(backbone: Any) -> int:
+    return int(backbone.config.get_text_config().hidden_size)
 
 
 def _with_lora(backbone: nn.Module, lora: Any) -> Any:
@@ -259,7 +255,7 @@ def _with_lora(backbone: nn.Module, lora: Any) -> Any:
 
     with warnings.catch_warnings():  # peft asks transformers for a property under its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(backbone, lora)  # type: ignore[arg-type]
+        return get_peft_model(backbone, lora)
 
 
 def _add_adapter(backbone: nn.Module, folder: Path) -> nn.Module:
@@ -269,8 +265,7 @@ def _add_adapter(backbone: nn.Module, folder: Path) -> nn.Module:
     try:
         lora = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
-        name = folder / ADAPTER_CONFIG_FILE
-        raise ValueError(f"{name} is corrupt: {_first_line(error)}") from error
+        raise ValueError(f"{folder / ADAPTER_CONFIG_FILE}: {_first_line(error)}") from error
     lora.base_model_name_or_path = None  # the base is given, wherever it lies
     model = _with_lora(backbone, lora)
     _load_state(model, folder / ADAPTER_FILE)

@@ -1,0 +1,178 @@
+"""Tokens per second, guided and unguided, and where a step's time goes.
+
+    python benchmarks/bench_engine.py [--batch 1 8] [--prompt 256] [--k 20] [--save NAME]
+
+The model is a Llama of 110 M parameters with random weights (12 layers, width 768, vocabulary
+32,000, bf16), the guide another of the same shape. Guided and unguided steps alternate in one
+run, so that a noisy machine disturbs both alike; ``transformers.generate`` is timed beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import record
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fastguide import VAS, Plain, TreeScorer
+from fastguide.config import Rule
+from fastguide.engine.runner import Row, Runner
+from fastguide.models.attention import NAME
+from fastguide.models.decoder import Decoder
+
+SHAPE = dict(
+    vocab_size=32_000,
+    hidden_size=768,
+    intermediate_size=2_048,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_key_value_heads=12,
+    max_position_embeddings=4_096,
+)
+
+
+def random_llama(device: str, attention: str) -> Any:
+    """The benchmark's model, the same weights each time."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.to(device=device, dtype=torch.bfloat16).eval()
+
+
+def build(device: str) -> Runner:
+    """Policy and guide, each with its own weights and pool."""
+    guide = random_llama(device, NAME)
+    torch.manual_seed(1)
+    head = torch.nn.Linear(SHAPE["hidden_size"], 1, device=device, dtype=torch.bfloat16)
+    scorer = TreeScorer(Decoder(guide.model), head)
+    return Runner(Decoder(random_llama(device, NAME)), {"value": scorer})
+
+
+def open_rows(runner: Runner, rule: Rule, batch: int, prompt: int) -> list[Row]:
+    """``batch`` requests with prompts of their own."""
+    weights = {"value": 1.0} if rule.guided else {}
+    rows: list[Row] = []
+    for b in range(batch):
+        tokens = [(31 * i + 7 * b) % SHAPE["vocab_size"] for i in range(prompt)]
+        rows += runner.open(tokens, rule.lower(0.7), weights, [b])
+    return rows
+
+
+def check(runner: Runner, device: str, prompt: int) -> None:
+    """Greedy tokens of the engine must be those of ``transformers.generate`` in fp32."""
+    tokens = [(31 * i) % SHAPE["vocab_size"] for i in range(prompt)]
+    exact = random_llama(device, "sdpa").float()
+    policy = random_llama(device, NAME).float()
+    alone = Runner(Decoder(policy), {})
+    rows = alone.open(tokens, Plain().lower(0.0), {}, [0])
+    found = [alone.step(rows)[0].tokens[0] for _ in range(8)]
+    ids = torch.tensor([tokens], device=device)
+    mask = torch.ones_like(ids)
+    out = exact.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=8)
+    if found != out[0, prompt:].tolist():
+        raise SystemExit(f"the engine's tokens {found} are not those of transformers.generate")
+
+
+def time_transformers(device: str, batch: int, prompt: int, steps: int) -> float:
+    """Seconds per token step of ``transformers.generate``, unguided, without its prefill."""
+    model = random_llama(device, "sdpa")
+    ids = torch.randint(0, SHAPE["vocab_size"], (batch, prompt), device=device)
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=count
+            )
+        return time.perf_counter() - start
+
+    run(2)
+    return statistics.median((run(steps + 1) - run(1)) / steps for _ in range(3))
+
+
+def measure(runner: Runner, arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
+    """Alternate unguided and guided steps; medians, spreads and phases of both."""
+    rules = {"unguided": Plain(), "guided": VAS(beta=4.0, k=arguments.k)}
+    rows = {n: open_rows(runner, rule, batch, arguments.prompt) for n, rule in rules.items()}
+    times: dict[str, list[float]] = {name: [] for name in rules}
+    phases = {name: dict.fromkeys(runner.seconds, 0.0) for name in rules}
+    for i in range(arguments.steps + 4):
+        for name in rules:
+            before = dict(runner.seconds)
+            start = time.perf_counter()
+            runner.step(rows[name])
+            if i >= 4:  # the first steps warm up
+                times[name].append(time.perf_counter() - start)
+                for phase, seconds in runner.seconds.items():
+                    phases[name][phase] += seconds - before[phase]
+    pool = runner.scorers["value"].decoder.pool  # type: ignore[attr-defined]
+    result: dict[str, Any] = {"batch": batch}
+    for name in rules:
+        total = sum(times[name])
+        result[name] = record.spread(times[name]) | {
+            "tokens_per_s": round(batch / statistics.median(times[name]), 1),
+            "share": {p: round(s / total, 3) for p, s in phases[name].items()},
+        }
+        for row in rows[name]:
+            row.close()
+    # Each guided step is compared with the unguided one beside it.
+    ratios = [g / u for g, u in zip(times["guided"], times["unguided"], strict=True)]
+    result["guided_over_unguided"] = round(statistics.median(ratios), 2)
+    result["guide_pool_slots"] = pool.slots.capacity
+    per_token = time_transformers(arguments.device, batch, arguments.prompt, arguments.steps)
+    result["transformers_unguided_ms"] = round(1e3 * per_token, 3)
+    return result
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print one line per batch and mode."""
+    table = Table("batch", "mode", "ms/step (p20-p80)", "tokens/s", "base", "scorer", "rule")
+    for result in results:
+        for mode in ("unguided", "guided"):
+            r = result[mode]
+            times = f"{r['ms']:.1f} ({r['p20_ms']:.1f}-{r['p80_ms']:.1f})"
+            shares = [f"{r['share'][p]:.0%}" for p in ("base", "scorer", "rule")]
+            table.add_row(str(result["batch"]), mode, times, f"{r['tokens_per_s']:.1f}", *shares)
+        other = result["transformers_unguided_ms"]
+        rate = f"{1e3 * result['batch'] / other:.1f}"
+        table.add_row(str(result["batch"]), "transformers", f"{other:.1f}", rate, "", "", "")
+    console = Console()
+    console.print(table)
+    for result in results:
+        ratio = result["guided_over_unguided"]
+        console.print(f"batch {result['batch']}: a guided step takes {ratio:.2f} unguided steps")
+
+
+def main() -> None:
+    """Run the benchmark and, with --save, keep its record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    arguments = parser.parse_args()
+    check(build(arguments.device), arguments.device, 64)
+    runner = build(arguments.device)
+    results = [measure(runner, arguments, batch) for batch in arguments.batch]
+    show(results)
+    whole = {
+        "benchmark": "engine",
+        "environment": record.environment(),
+        "rooflines": record.rooflines(torch.bfloat16, arguments.device),
+        "shape": SHAPE | {"dtype": "bfloat16", "prompt": arguments.prompt, "k": arguments.k},
+        "results": results,
+    }
+    if arguments.save:
+        print(f"record: {record.save(arguments.save, whole)}")
+
+
+if __name__ == "__main__":
+    main()
