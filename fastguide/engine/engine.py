@@ -206,10 +206,7 @@ class Engine:
         scheduler = Scheduler(requests, self.max_rows)
         try:
             while not scheduler.done:
-                for request in scheduler.admit():
-                    if failed := self._open(request):
-                        scheduler.running.remove(request)
-                        yield failed
+                self._open(scheduler.admit())
                 alive = [
                     sample
                     for request in scheduler.running
@@ -232,22 +229,18 @@ class Engine:
                 for sample in request.samples:
                     sample.row.close()
 
-    def _open(self, request: Request) -> Completion | None:
-        """Prefill a request and start its samples; the failed completion if that cannot be done."""
-        request.started = time.perf_counter()
-        try:
-            rows = self.runner.open(
-                request.tokens, request.parameters, request.weights, request.seeds
-            )
-        except ValueError as error:
-            return Completion(request.index, 0, finish_reason="error", error=str(error))
-        for i, row in enumerate(rows):
-            text = TextStream(self.tokenizer, request.tokens, request.sampling.stop)
-            completion = Completion(
-                request.index, i, seed=row.seed, prompt_tokens=len(request.tokens)
-            )
-            request.samples.append(Sample(request, row, text, completion))
-        return None
+    def _open(self, requests: list[Request]) -> None:
+        """Prefill admitted requests together and start their samples."""
+        started = time.perf_counter()
+        opened = self.runner.open([r.prompt for r in requests]) if requests else []
+        for request, rows in zip(requests, opened, strict=True):
+            request.started = started
+            for i, row in enumerate(rows):
+                text = TextStream(self.tokenizer, request.tokens, request.sampling.stop)
+                completion = Completion(
+                    request.index, i, seed=row.seed, prompt_tokens=len(request.tokens)
+                )
+                request.samples.append(Sample(request, row, text, completion))
 
     def _step(self, samples: list[Sample]) -> None:
         """One token for every sample; ends those that are complete or have failed."""

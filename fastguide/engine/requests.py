@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastguide.config import ARGS, VAS, Plain, RowParameters, Rule
-from fastguide.engine.runner import Row
+from fastguide.engine.runner import Prompt, Row
 from fastguide.engine.text import TextStream
 from fastguide.request import Completion, FinishReason, SamplingParams, sample_seed
 
@@ -45,9 +45,10 @@ class Request:
         return sum(s.completion.finish_reason is None for s in self.samples)
 
     @property
-    def seeds(self) -> list[int]:
-        """One seed per sample."""
-        return [sample_seed(self.seed, i) for i in range(self.sampling.n)]
+    def prompt(self) -> Prompt:
+        """What the runner starts: one row per sample, each with a seed of its own."""
+        seeds = [sample_seed(self.seed, i) for i in range(self.sampling.n)]
+        return Prompt(self.tokens, self.parameters, self.weights, seeds)
 
 
 @dataclass(eq=False)

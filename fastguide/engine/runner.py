@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Row:
     steps: int = 0
     error: str | None = None
 
+    def fork(self, seed: int) -> Row:
+        """A row with the same tokens and another seed, sharing every slot."""
+        states = {name: state.fork() for name, state in self.states.items()}
+        return Row(self.sequence.fork(), self.parameters, self.weights, seed, states)
+
     def close(self) -> None:
         """Give back every slot in every model."""
         self.sequence.close()
@@ -47,6 +53,15 @@ class Row:
         self.steps += 1
 
 
+class Prompt(NamedTuple):
+    """What a request brings to the runner: one row for each of its seeds."""
+
+    tokens: Sequence[int]
+    parameters: RowParameters
+    weights: Mapping[str, float]
+    seeds: Sequence[int]
+
+
 class Runner:
     """Owns the loaded policy and guides; opens rows and steps them."""
 
@@ -57,32 +72,33 @@ class Runner:
         """Time spent in each phase of all steps so far, for benchmarks."""
         self._batch: tuple[list[Row], RowBatch] | None = None
 
-    def open(
-        self,
-        tokens: Sequence[int],
-        parameters: RowParameters,
-        weights: Mapping[str, float],
-        seeds: Sequence[int],
-    ) -> list[Row]:
-        """Prefill a prompt once in the policy and in each guide, and fork it for every seed.
+    def open(self, prompts: Sequence[Prompt]) -> list[list[Row]]:
+        """Start requests: prefill every prompt once in each model it uses, fork it per seed.
 
-        The last prompt token stays pending: the first step runs it and gives the first logits.
+        All prompts go through a model together. The last prompt token stays pending: the first
+        step runs it and gives the first logits.
+
+        Returns:
+            One row per seed of each prompt.
         """
-        first = Row(self.policy.open(tokens), parameters, weights, seeds[0])
+        first = [
+            Row(self.policy.open(p.tokens), p.parameters, p.weights, p.seeds[0]) for p in prompts
+        ]
         try:
-            self.policy.prefill([first.sequence], keep=1)
-            for name in weights:
-                first.states[name] = self.scorers[name].open(tokens)
-                self.scorers[name].prefill([first.states[name]])
+            self.policy.prefill([row.sequence for row in first], keep=1)
+            for name, scorer in self.scorers.items():
+                users = [row for row in first if name in row.weights]
+                for row in users:
+                    row.states[name] = scorer.open(row.sequence.tokens)
+                scorer.prefill([row.states[name] for row in users])
         except BaseException:
-            first.close()
+            for row in first:
+                row.close()
             raise
-        rows = [first]
-        for seed in seeds[1:]:
-            twin = Row(first.sequence.fork(), parameters, weights, seed)
-            twin.states = {name: state.fork() for name, state in first.states.items()}
-            rows.append(twin)
-        return rows
+        return [
+            [row, *(row.fork(seed) for seed in prompt.seeds[1:])]
+            for row, prompt in zip(first, prompts, strict=True)
+        ]
 
     @torch.inference_mode()
     def step(self, rows: list[Row]) -> tuple[Step, list[float | None]]:
