@@ -202,3 +202,24 @@ def test_a_failing_pass_gives_its_slots_back() -> None:
     sequence.truncate(3)
     sequence.append(4)
     assert_close(decoder.run([sequence]), recompute(decoder.model, [[1, 2, 3, 4]]))
+
+
+def test_a_multimodal_model_as_a_text_decoder() -> None:
+    """Gemma-3 checkpoints from 4B up load as image-text models; their text path is guided."""
+    _, text = CASES["gemma3_text"]
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME).eval()
+    check_config(model.config)
+    check_model(model)
+    decoder, prompt = Decoder(model), tokens(1, 23)
+    found = decoder.run([decoder.open(prompt)], [[(4,), (9,)]])
+    assert_close(found, recompute(model, [[*prompt, 4], [*prompt, 9]]))

@@ -43,7 +43,8 @@ def folder(lora: ValueModel, tmp_path: Path) -> Path:
 def test_a_fresh_model_says_zero_and_trains_only_lora_and_head() -> None:
     model = ValueModel.create("stories", lora_rank=2)
     values = model(IDS, MASK)
-    assert values.shape == (2, 4) and values.dtype == torch.float32
+    assert values.shape == (2, 4)
+    assert values.dtype == torch.float32
     assert values.abs().max() == 0
     trainable = [name for name, weight in model.named_parameters() if weight.requires_grad]
     assert all("lora_" in name or name.startswith("head.") for name in trainable)
@@ -71,7 +72,8 @@ def test_merged_equals_unmerged(lora: ValueModel, folder: Path) -> None:
     assert type(merged.backbone) is LlamaModel
     torch.testing.assert_close(merged(IDS, MASK), lora(IDS, MASK), rtol=1e-4, atol=1e-4)
     half = ValueModel.from_pretrained(folder, merge=True)  # the base's own dtype
-    assert half.backbone.dtype == torch.bfloat16 and half.head.weight.dtype == torch.float32
+    assert half.backbone.dtype == torch.bfloat16
+    assert half.head.weight.dtype == torch.float32
     # bf16 rounds the merged weights once; merging in bf16 would round adapter and sum as well.
     for name, weight in merged.backbone.state_dict().items():
         assert torch.equal(half.backbone.state_dict()[name], weight.bfloat16())
@@ -155,7 +157,7 @@ def test_wrong_configs(folder: Path, change: dict[str, object], message: str) ->
 
 def test_no_guide_there(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="guide_config.json is missing"):
+    with pytest.raises(ValueError, match=r"guide_config\.json is missing"):
         ValueModel.from_pretrained(tmp_path / "empty")
     (folder / "guide_config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -78,7 +78,7 @@ def test_a_changed_shard_is_noticed(engine: Engine, whole: Path, tmp_path: Path)
     for file in whole.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "shard-00001.jsonl.gz").write_bytes(b"other")
-    with pytest.raises(ValueError, match="shard-00001.jsonl.gz is missing or not what was"):
+    with pytest.raises(ValueError, match=r"shard-00001\.jsonl\.gz is missing or not what was"):
         list(read(tmp_path))
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     assert [facts["rollouts"] for facts in manifest["shards"].values()] == [4, 4, 2]

@@ -1,0 +1,48 @@
+"""The same engine on a GPU: tokens in fp32, errors in low precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastguide import VAS, Engine, SamplingParams, ValueGuide
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+PROMPTS = ["Once upon a time, there was a little dog named Max.", "One day", "Tom ran"]
+
+
+@pytest.fixture(autouse=True)
+def _exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_cuda_draws_the_same_tokens_as_the_cpu(
+    stories: str, lora_guide: str, temperature: float
+) -> None:
+    sampling = SamplingParams(temperature=temperature, max_tokens=24, seed=1, n=2)
+    found = {}
+    for device in ("cpu", "cuda"):
+        engine = Engine(
+            stories, guides={"g": ValueGuide(lora_guide)}, dtype="float32", device=device
+        )
+        outputs = engine.generate(PROMPTS, VAS(3.0), {"g": 1.0}, sampling)
+        found[device] = [c.token_ids for c in outputs]
+    assert found["cpu"] == found["cuda"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_runs_on_cuda(stories: str, lora_guide: str, dtype: str) -> None:
+    engine = Engine(stories, guides={"g": ValueGuide(lora_guide)}, dtype=dtype, device="cuda")
+    exact = Engine(stories, guides={"g": ValueGuide(lora_guide)}, dtype="float32")
+    sampling = SamplingParams(max_tokens=1, temperature=0)
+    for low, high in zip(
+        engine.generate(PROMPTS, VAS(0.0), sampling=sampling),
+        exact.generate(PROMPTS, VAS(0.0), sampling=sampling),
+        strict=True,
+    ):
+        assert low.base_logprobs[0] == pytest.approx(high.base_logprobs[0], abs=0.05)
