@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastguide.config import ARGS, VAS, Plain, RowParameters, Rule
+from fastguide.config import Plain, RowParameters, Rule
 from fastguide.engine.runner import Prompt, Row
 from fastguide.engine.text import TextStream
 from fastguide.request import Completion, FinishReason, SamplingParams, sample_seed
@@ -98,7 +98,7 @@ def build_request(
         ValueError: one sentence with the received and the allowed value.
     """
     chosen = Plain() if rule is None else rule
-    if not isinstance(chosen, (Plain, VAS, ARGS)):
+    if not isinstance(chosen, Rule):
         raise ValueError(f"rule is {rule!r}; allowed are VAS(...), ARGS(...), Plain() and None")
     params = SamplingParams() if sampling is None else sampling
     if not isinstance(params, SamplingParams):
