@@ -81,22 +81,17 @@ class TextStream:
     def add(self, token: int) -> bool:
         """Take the next token; True if a stop string has been completed, which ends the text."""
         self._ids.append(token)
-        before = self._decode(self._start, self._read)
-        now = self._decode(self._start, len(self._ids))
-        if not now.endswith(_REPLACEMENT) and len(now) > len(before):
-            self._grow(now[len(before) :])
-            self._start, self._read = self._read, len(self._ids)
+        if self._stop:  # else nobody needs the text before it is taken
+            self._read_on()
         return self.stopped
 
     def finish(self) -> None:
-        """Take in what was held back because it might have been part of a character."""
-        if not self.stopped and self._read < len(self._ids):
-            before = self._decode(self._start, self._read)
-            self._grow(self._decode(self._start, len(self._ids))[len(before) :])
-            self._read = len(self._ids)
+        """Take in everything, also what was held back as it might be part of a character."""
+        self._read_on(final=True)
 
     def take(self, final: bool = False) -> str:
         """Text that is new since the last call and certain to stay; all of it if ``final``."""
+        self._read_on(final)
         end = len(self.text)
         if not final and not self.stopped:
             end -= max((_overlap(self.text, s) for s in self._stop), default=0)
@@ -104,6 +99,16 @@ class TextStream:
         piece = self.text[self._given : end]
         self._given = end
         return piece
+
+    def _read_on(self, final: bool = False) -> None:
+        """Decode the tokens since the last read, together with the read before them."""
+        if self.stopped or self._read == len(self._ids):
+            return
+        before = self._decode(self._start, self._read)
+        now = self._decode(self._start, len(self._ids))
+        if final or (len(now) > len(before) and not now.endswith(_REPLACEMENT)):
+            self._grow(now[len(before) :])
+            self._start, self._read = self._read, len(self._ids)
 
     def _grow(self, more: str) -> None:
         longest = max(map(len, self._stop), default=0)

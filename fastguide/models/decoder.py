@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -38,33 +39,40 @@ class _Rows(NamedTuple):
     @property
     def positions(self) -> np.ndarray:
         start = len(self.sequence.slots)
+        chain = np.arange(start, start + len(self.chain))
+        if not self.branches:
+            return chain
         after = start + len(self.chain)
-        parts = [np.arange(start, after)]
-        parts += [np.arange(after, after + len(branch)) for branch in self.branches]
-        return np.concatenate(parts)
+        return np.concatenate(
+            [chain, *(np.arange(after, after + len(branch)) for branch in self.branches)]
+        )
 
     @property
     def outputs(self) -> list[int]:
         """Rows whose hidden states are asked for: the branches' ends, else the chain's."""
-        ends = np.cumsum([len(self.chain), *(len(branch) for branch in self.branches)]) - 1
-        return ends.tolist()[1:] if self.branches else ends.tolist()
+        if not self.branches:
+            return [len(self.chain) - 1]
+        ends = accumulate(map(len, self.branches), initial=len(self.chain) - 1)
+        return list(ends)[1:]
 
     def visible(self) -> np.ndarray:
         """``[rows, rows]``: a row sees the chain and its own branch, both up to itself."""
         chain = len(self.chain)
-        if all(len(branch) == 1 for branch in self.branches):
-            seen = np.eye(chain + len(self.branches), dtype=bool)
-        else:
-            size = chain + sum(len(branch) for branch in self.branches)
-            seen = np.zeros((size, size), dtype=bool)
-            start = chain
-            for branch in self.branches:
-                end = start + len(branch)
-                seen[start:end, start:end] = np.tri(len(branch), dtype=bool)
-                start = end
-        seen[:chain, :chain] = np.tri(chain, dtype=bool)
+        if not self.branches:
+            return _CAUSAL[:chain, :chain]
+        seen = np.eye(len(self.slots), dtype=bool)
+        seen[:chain, :chain] = _CAUSAL[:chain, :chain]
         seen[chain:, :chain] = True
+        start = chain
+        for branch in self.branches:
+            size = len(branch)
+            if size > 1:
+                seen[start : start + size, start : start + size] = np.tri(size, dtype=bool)
+            start += size
         return seen
+
+
+_CAUSAL = np.tri(PREFILL_CHUNK, dtype=bool)
 
 
 class Decoder:
