@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastguide.cli import options
 from fastguide.cli.arguments import parse_guides
+from fastguide.cli.live import progress
 from fastguide.cli.loading import load_engine
 from fastguide.config import VAS
 from fastguide.request import Completion, SamplingParams
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
     from fastguide.engine import Engine
 
 PROMPTS = (
-    "Once upon a time, there was a little girl named Lily.",
-    "Tom had a red ball.",
-    "One day, a small bird fell from a tree.",
+    "It was raining and Sara had to stay at home.",
+    "Max was a big dog who lived on a farm.",
 )
-BETA = 4.0
+BETA = 6.0
+MAX_TOKENS = 160
+"""Shorter than most unguided stories: enough to see what brevity does, in half a minute."""
 TEMPERATURE = 0.7
 SAMPLES = 8
 """Per prompt and setting; one of them is shown, all of them are in the averages."""
@@ -74,7 +76,7 @@ class Outcome:
 
 def demo(
     prompt: options.DemoPrompts = None,
-    max_tokens: options.DemoMaxTokens = 96,
+    max_tokens: options.DemoMaxTokens = MAX_TOKENS,
     samples: options.DemoSamples = SAMPLES,
     beta: options.DemoBeta = BETA,
     seed: options.DemoSeed = 0,
@@ -85,12 +87,12 @@ def demo(
     prompts = tuple(prompt or PROMPTS)
     rule = VAS(beta=beta)
     sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=max_tokens, seed=seed, n=samples)
-    engine = load_engine(None, parse_guides(["cheerful", "brief"]))
+    engine = load_engine(None, parse_guides(["cheerful", "brief"]), dtype="float32")
     outcomes: list[Outcome] = []
     try:
-        with demo_view.progress(len(SETTINGS)) as advance:
-            for setting in SETTINGS:
-                advance(setting.name)
+        with progress(len(SETTINGS)) as note:
+            for i, setting in enumerate(SETTINGS):
+                note(i, f"writing: {setting.name}")
                 outcomes.append(run(engine, setting, prompts, rule, sampling))
     except KeyboardInterrupt:
         demo_view.show(prompts, outcomes, rule, sampling)

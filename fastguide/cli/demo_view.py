@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -23,33 +22,15 @@ if TYPE_CHECKING:
 WIDE = 130
 """Columns from which five stories stand beside each other; below they stand above each other."""
 MOST_WIDTH = 170
+SHOWN = 320
+"""Most characters of a story that are shown."""
 
 NEXT = (
-    'fastguide generate "Once upon a time" --guide cheerful:-1 --beta 4 --stream',
-    'fastguide generate "Tom had a red ball." --guide cheerful --guide brief:0.5 --n 3 --json',
-    'fastguide generate "Tom had a red ball." --guide cheerful --rule args --temperature 0',
+    'fastguide generate "Once upon a time" --guide cheerful:-1 --beta 6 --stream',
+    'fastguide generate "Tom had a red ball." --guide cheerful --guide brief:0.5 --beta 6 --json',
+    'fastguide generate "Tom had a red ball." --guide cheerful --rule args --weight 4 --k 10',
 )
 """What to try after the demo; a test runs them."""
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on standard error that takes the name of the setting that begins."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda name: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        begun = 0
-
-        def advance(name: str) -> None:
-            nonlocal begun
-            bar.update(task, description=f"writing: {name}", completed=begun)
-            begun += 1
-
-        yield advance
 
 
 def show(
@@ -83,16 +64,18 @@ def _legend(prompts: int, rule: VAS, sampling: SamplingParams) -> str:
 
 
 def _story(outcome: Outcome, prompt: int) -> Text:
-    """The first sample of a prompt, its mood in colour, with a mark where it was cut off."""
+    """The beginning of a prompt's first sample, its mood in colour, and its length."""
     found = next(c for c in outcome.completions if c.prompt == prompt and c.sample == 0)
     words = " ".join(found.text.split())
-    story = Text(words + (" …" if found.finish_reason == "length" else ""))
+    begun = textwrap.shorten(words, SHOWN, placeholder="")
+    story = Text(begun)
     valences = _valences()
-    for word in re.finditer(r"[\w']+", words):
+    for word in re.finditer(r"[\w']+", begun):
         valence = valences.get(word[0].lower(), 0.0)
         if abs(valence) >= 1.0:
             story.stylize("green" if valence > 0 else "red", word.start(), word.end())
-    return story
+    more = " …" if begun != words or found.finish_reason == "length" else ""
+    return story.append(f"{more} ({len(found.token_ids)} tokens)", style="dim")
 
 
 @functools.cache

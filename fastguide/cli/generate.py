@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
 from fastguide.cli import options
 from fastguide.cli.arguments import build_rule, parse_guides, read_prompts, unescape
+from fastguide.cli.live import progress
 from fastguide.cli.loading import load_engine
 from fastguide.cli.output import Printer, opened
 from fastguide.config import Rule
-from fastguide.request import GenerationError, SamplingParams
+from fastguide.request import Completion, GenerationError, SamplingParams
 
 if TYPE_CHECKING:
     from fastguide.engine import Engine
@@ -85,8 +87,23 @@ def generate(
 
 
 def _complete(engine: Engine, job: Job, printer: Printer) -> None:
-    for completion in engine.completions(list(job.prompts), job.rule, job.weights, job.sampling):
-        printer.add(completion)
+    completions = cast(
+        "Generator[Completion]",
+        engine.completions(list(job.prompts), job.rule, job.weights, job.sampling),
+    )
+    total = len(job.prompts) * job.sampling.n
+    try:
+        with progress(total, wanted=total > 1 and not printer.on_terminal) as note:
+            for completion in completions:
+                printer.add(completion)
+                note(printer.finished, "completions")
+    except KeyboardInterrupt as interrupt:
+        # Where it came while one was printed, the engine has yet to hear of it.
+        with contextlib.suppress(KeyboardInterrupt):
+            printer.add(completions.throw(interrupt))
+            for completion in completions:
+                printer.add(completion)
+        raise
 
 
 def _stream(engine: Engine, job: Job, printer: Printer) -> None:

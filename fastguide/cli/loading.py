@@ -1,10 +1,9 @@
-"""Load an engine for a command: quietly, and with a sign of life on terminals."""
+"""Load an engine for a command, without the libraries' own chatter."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastguide.assets import resolve
 from fastguide.cli.arguments import GuideArgument
+from fastguide.cli.live import status
 
 if TYPE_CHECKING:
     from fastguide.engine import Engine
@@ -45,18 +45,6 @@ def load_engine(
         return Engine(
             model, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
-
-
-@contextlib.contextmanager
-def status(text: str) -> Iterator[None]:
-    """A spinner on standard error while something takes a while; nothing without a terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
 
 
 @contextlib.contextmanager

@@ -26,11 +26,12 @@ def opened(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    try:
-        with Path(path).open("w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(path).open("w", encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error
+        yield file
 
 
 class Printer:
@@ -48,8 +49,8 @@ class Printer:
         self._file = file
         self._prompts = prompts
         self._headings = len(prompts) > 1 or samples > 1
-        self._samples = samples
         self._as_json = as_json
+        self.on_terminal = file.isatty()
         self.finished = self.aborted = self.failed = 0
 
     def add(self, completion: Completion) -> None:
@@ -67,18 +68,26 @@ class Printer:
         """Print one prompt's pieces live, sample after sample; later samples wait their turn."""
         waiting: defaultdict[int, list[Piece]] = defaultdict(list)
         shown, begun = 0, False
-        for piece in pieces:
-            waiting[piece.sample].append(piece)
-            while waiting[shown]:
-                if not begun:
-                    self._begin(prompt, shown)
-                    begun = True
-                now = waiting[shown].pop(0)
-                print(now.text, end="", file=self._file, flush=True)
-                if now.completion is not None:
-                    print(file=self._file, flush=True)
-                    self._count(now.completion)
-                    shown, begun = shown + 1, False
+        try:
+            for piece in pieces:
+                waiting[piece.sample].append(piece)
+                while waiting[shown]:
+                    if not begun:
+                        self._begin(prompt, shown)
+                        begun = True
+                    now = waiting[shown].pop(0)
+                    print(now.text, end="", file=self._file, flush=True)
+                    if now.completion is not None:
+                        shown, begun = shown + 1, False
+                        self._end(now.completion)
+        except KeyboardInterrupt:
+            if begun:  # it came while a piece was printed, not while one was computed
+                self._end(Completion(prompt, shown, finish_reason="aborted"))
+            raise
+
+    def _end(self, completion: Completion) -> None:
+        print(file=self._file, flush=True)
+        self._count(completion)
 
     def fail(self, sentence: str) -> None:
         """Report a prompt that failed."""
@@ -104,7 +113,7 @@ class Printer:
         if self._headings:
             title = f"== prompt {prompt}, sample {sample} =="
             typer.echo(typer.style(title, fg="cyan"), file=self._file)
-        if self._file.isatty():
+        if self.on_terminal:
             typer.echo(typer.style(self._prompts[prompt], dim=True), file=self._file, nl=False)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastguide.models.guide_config import RewardScale
-from fastguide.train.rewards import REWARDS, scale_of, standardise
+from fastguide.train.rewards import PER_TOKEN, REWARDS, scale_of, standardise
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,30 @@ class Rollout:
     finish_reason: str
 
     def to_json(self) -> str:
+        """One line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, line: str) -> Rollout:
+        """The rollout that ``to_json`` wrote."""
         raw = json.loads(line)
-        ids = {name: tuple(raw.pop(name)) for name in ("prompt_ids", "response_ids")}
-        return cls(**raw, **ids)
+        for name in ("prompt_ids", "response_ids"):
+            raw[name] = tuple(raw[name])
+        return cls(**raw)
 
 
 @dataclass(frozen=True)
 class Episode:
     """One labelled response: its states are s_0 (the prompt) to s_T (after the last token).
 
-    ``response_ids`` includes the eos if one was produced; ``reward`` is standardised.
+    ``response_ids`` includes the eos if one was produced. ``reward`` is paid at s_T and
+    ``token_reward`` at each of s_1 to s_T; both are in standard units.
     """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     reward: float
+    token_reward: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -57,16 +62,16 @@ class EpisodeBatch(NamedTuple):
     """Right-padded episodes; B rows, T the longest of them.
 
     Fields: ``input_ids [B, T]`` int64 (0 at padding), ``states [B, T]`` bool (the positions that
-    hold s_0 .. s_T: the last prompt token to the last response token), ``rewards [B, T]`` fp32
-    (the reward at s_T, 0 elsewhere) and ``returns [B]`` fp32 (the same reward).
+    hold s_0 .. s_T: the last prompt token to the last response token) and ``rewards [B, T]`` fp32
+    (what is paid on entering each state).
     """
 
     input_ids: torch.Tensor
     states: torch.Tensor
     rewards: torch.Tensor
-    returns: torch.Tensor
 
     def to(self, device: torch.device | str) -> EpisodeBatch:
+        """The batch on ``device``."""
         return EpisodeBatch(*(tensor.to(device) for tensor in self))
 
 
@@ -77,6 +82,8 @@ def label(
     max_tokens: int | None = None,
 ) -> tuple[list[Episode], RewardScale]:
     """Episodes with standardised rewards, and the scale that standardises them.
+
+    An episode pays its standardised reward at the end, or token by token if it is in `PER_TOKEN`.
 
     Args:
         rollouts: of the unguided policy.
@@ -90,13 +97,22 @@ def label(
     responses = [rollout.response_ids[:max_tokens] for rollout in rollouts]
     raw = [REWARDS[reward](decode(response), response) for response in responses]
     scale = scale_of(reward, raw)
+    if scale.per_token:
+        each = PER_TOKEN[reward] / scale.std
+        ends, tokens = [-each * _mean_left(responses)] * len(raw), each
+    else:
+        ends, tokens = standardise(raw, scale), 0.0
     episodes = [
-        Episode(rollout.prompt_ids, response, value)
-        for rollout, response, value in zip(
-            rollouts, responses, standardise(raw, scale), strict=True
-        )
+        Episode(rollout.prompt_ids, response, end, tokens)
+        for rollout, response, end in zip(rollouts, responses, ends, strict=True)
     ]
     return episodes, scale
+
+
+def _mean_left(responses: Sequence[Sequence[int]]) -> float:
+    """Tokens paid from a state on, its own included, averaged over the states of all responses."""
+    left = sum(len(r) + len(r) * (len(r) + 1) // 2 for r in responses)
+    return left / sum(len(r) + 1 for r in responses)
 
 
 def collate(episodes: Sequence[Episode]) -> EpisodeBatch:
@@ -109,8 +125,9 @@ def collate(episodes: Sequence[Episode]) -> EpisodeBatch:
         tokens = episode.prompt_ids + episode.response_ids
         input_ids[row, : len(tokens)] = torch.tensor(tokens)
         states[row, len(episode.prompt_ids) - 1 : len(tokens)] = True
-        rewards[row, len(tokens) - 1] = episode.reward
-    return EpisodeBatch(input_ids, states, rewards, rewards.sum(dim=1))
+        rewards[row, len(episode.prompt_ids) : len(tokens)] = episode.token_reward
+        rewards[row, len(tokens) - 1] += episode.reward
+    return EpisodeBatch(input_ids, states, rewards)
 
 
 def bucketed(

@@ -47,12 +47,22 @@ def brevity(text: str, token_ids: Sequence[int] = ()) -> float:
 
 REWARDS: dict[str, Reward] = {"cheerfulness": cheerfulness, "brevity": brevity}
 
+PER_TOKEN = {"brevity": -1.0}
+"""Rewards that are a constant times the number of response tokens: that constant.
+
+They are paid token by token, so that a value is what is still to come, and shifted so that its
+mean over all states is 0, where a fresh head begins. It differs from the value of the same reward
+paid at the end by what is past and by that shift, which all candidates of a step share: guidance
+is the same, but the model need not count the past.
+"""
+
 
 def scale_of(name: str, raw: Sequence[float]) -> RewardScale:
     """Mean and standard deviation of raw rewards; ValueError when they do not vary."""
     if len(raw) < 2 or max(raw) == min(raw):
         raise ValueError(f"the reward {name!r} must vary over at least 2 responses")
-    return RewardScale(name=name, mean=statistics.fmean(raw), std=statistics.pstdev(raw))
+    mean, std = statistics.fmean(raw), statistics.pstdev(raw)
+    return RewardScale(name, mean, std, per_token=name in PER_TOKEN)
 
 
 def standardise(raw: Iterable[float], scale: RewardScale) -> list[float]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,15 @@ class ValueConfig:
 def value_loss(values: torch.Tensor, batch: EpisodeBatch, gamma: float, lam: float) -> torch.Tensor:
     """Mean squared error between the states' values and their lambda-returns.
 
-    Targets come from the same values, detached: ``G_T = r`` and, before it,
-    ``G_t = gamma * ((1 - lam) * V(s_{t+1}) + lam * G_{t+1})``.
+    Targets come from the same values, detached: ``G_T = r_T`` and, before it,
+    ``G_t = r_t + gamma * ((1 - lam) * V(s_{t+1}) + lam * G_{t+1})``; most rewards are paid at s_T
+    alone.
 
     Args:
         values: ``[B, T]`` fp32, the model's output for ``batch.input_ids``.
-        batch: rows with their state mask and terminal rewards.
+        batch: rows with their state mask and rewards.
+        gamma: discount, in [0, 1].
+        lam: in [0, 1]; 1 gives Monte-Carlo returns, 0 one-step TD.
 
     Returns:
         Scalar fp32, averaged over all states of the batch.
@@ -123,6 +126,8 @@ class ValueTrainer:
         self.step = 0
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
+        self._identity = _identity(config, train, self._weights)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._resume()
 
     def train(self, until: int | None = None) -> dict[str, float]:
@@ -173,14 +178,14 @@ class ValueTrainer:
             for chunk in bucketed(episodes, 2 * self.config.batch_size, seed=0):
                 batch = collate([episodes[i] for i in chunk]).to(self._device)
                 values = self._values(batch)
-                error = (values - batch.returns[:, None]) ** 2
+                returns = td_lambda(values, batch.rewards, batch.states, self.config.gamma, 1.0)
+                error = (values - returns) ** 2
                 square += error[batch.states].sum().item()
                 last = batch.states.sum(dim=1) + batch.states.int().argmax(dim=1) - 1
                 terminal += error.gather(1, last[:, None]).sum().item()
-                weight = batch.states.sum(dim=1)
-                first += (weight * batch.returns).sum().item()
-                second += (weight * batch.returns**2).sum().item()
-                states += weight.sum().item()
+                first += returns[batch.states].sum().item()
+                second += (returns[batch.states] ** 2).sum().item()
+                states += batch.states.sum().item()
         self.model.train()
         variance = second / states - (first / states) ** 2
         mse = square / states
@@ -195,7 +200,7 @@ class ValueTrainer:
             group["lr"] = self.config.learning_rate * self._lr_factor(self.step)
         loss = value_loss(self._values(batch), batch, self.config.gamma, self.config.lam)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self._weights.values(), self.config.max_grad_norm)
         self._optimizer.step()
         self.step += 1
@@ -213,14 +218,10 @@ class ValueTrainer:
 
     def _indices(self, step: int) -> list[int]:
         epoch, place = divmod(step, self.steps_per_epoch)
-        return self._batches(epoch)[place]
-
-    def _batches(self, epoch: int) -> list[list[int]]:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
+        if self._epoch[0] != epoch:
             seed = self.config.seed * 1_000_003 + epoch
-            self._epoch_batches = bucketed(self._train, self.config.batch_size, seed)
-        return self._epoch_batches
+            self._epoch = (epoch, bucketed(self._train, self.config.batch_size, seed))
+        return self._epoch[1][place]
 
     def _lr_factor(self, step: int) -> float:
         warmup = max(1, round(self.config.warmup_fraction * self.total_steps))
@@ -249,16 +250,9 @@ class ValueTrainer:
         with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, "of": self.total_steps, **entry}) + "\n")
 
-    def _identity(self) -> str:
-        """Digest of everything that decides the outcome, besides the initial weights."""
-        digest = hashlib.sha256(repr((self.config, sorted(self._weights))).encode())
-        for episode in self._train:
-            digest.update(repr(episode).encode())
-        return digest.hexdigest()
-
     def _save(self) -> None:
         state: dict[str, Any] = {
-            "identity": self._identity(),
+            "identity": self._identity,
             "step": self.step,
             "weights": {name: weight.detach() for name, weight in self._weights.items()},
             "average": self._average,
@@ -273,7 +267,7 @@ class ValueTrainer:
         if not file.is_file():
             return
         state = torch.load(file, map_location=self._device, weights_only=True)
-        if state["identity"] != self._identity():
+        if state["identity"] != self._identity:
             raise ValueError(
                 f"{file} belongs to a run with other data or settings; "
                 "choose another folder or delete it"
@@ -283,6 +277,14 @@ class ValueTrainer:
             self._average = state["average"]
         self._optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+
+def _identity(config: ValueConfig, train: Sequence[Episode], weights: Iterable[str]) -> str:
+    """Digest of everything that decides the outcome, besides the initial weights."""
+    digest = hashlib.sha256(repr((config, sorted(weights))).encode())
+    for episode in train:
+        digest.update(repr(episode).encode())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ def test_the_demo_shows_every_setting_with_its_averages(run):
     for setting in SETTINGS:
         assert setting.name.split()[0] in result.stdout
     assert "cheerfulness" in result.stdout
-    assert "Means of 6 responses each (3 prompts, 2 samples)" in " ".join(result.stdout.split())
+    assert "Means of 4 responses each (2 prompts, 2 samples)" in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 100
     assert "\x1b" not in result.stdout
     assert result.stdout == run("demo", *TINY).stdout
@@ -28,7 +28,7 @@ def test_the_demo_shows_every_setting_with_its_averages(run):
 def test_prompts_of_ones_own(run):
     result = run("demo", *TINY, "--prompt", "The dog", "--beta", 0, "--seed", 4)
     assert "The dog" in result.stdout
-    assert "Lily" not in result.stdout.partition("Try next")[0]
+    assert "Sara" not in result.stdout.partition("Try next")[0]
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from fastguide.kernels.reference import td_lambda
 from fastguide.models.value import RewardScale
-from fastguide.train.episodes import Rollout, label
+from fastguide.train.episodes import Rollout, collate, label
 from fastguide.train.rewards import brevity, cheerfulness, scale_of, sentences, standardise
 
 
@@ -44,7 +46,15 @@ def test_label_cuts_responses_first() -> None:
     ]
     episodes, scale = label(rollouts, "brevity", decode=str, max_tokens=3)
     assert [len(e.response_ids) for e in episodes] == [3, 2]
-    assert (scale.mean, scale.std) == (-2.5, 0.5)
-    assert [e.reward for e in episodes] == [-1.0, 1.0]
+    assert (scale.mean, scale.std, scale.per_token) == (-2.5, 0.5, True)
+    # Paid per token, 1 / std each; what is still to come is 0 in the mean over all states.
+    assert [e.token_reward for e in episodes] == [-2.0, -2.0]
+    batch = collate(episodes)
+    left = td_lambda(torch.zeros(2, 5), batch.rewards, batch.states, 1.0, 1.0)
+    assert left.sum().item() == pytest.approx(0.0, abs=1e-5)
+    assert left[0, 1].item() - left[1, 0].item() == pytest.approx(-2.0)  # 3 tokens, not 2
+    glad = {(3, 4, 5): "Good.", (3, 0): "Bad."}
+    episodes, _ = label(rollouts, "cheerfulness", glad.__getitem__, max_tokens=3)
+    assert [(e.reward, e.token_reward) for e in episodes] == [(1.0, 0.0), (-1.0, 0.0)]
     with pytest.raises(ValueError, match="unknown reward 'joy'; there are brevity, cheerfulness"):
         label(rollouts, "joy", decode=str)

@@ -22,6 +22,13 @@ def test_an_empty_response_has_one_state() -> None:
     assert batch.rewards.tolist() == [[0, 1, 0], [0, 0, 1]]
 
 
+def test_rewards_paid_per_token_add_up() -> None:
+    batch = collate([Episode((1, 2), (3, 4, 5), 2.0, token_reward=-0.5)])
+    assert batch.rewards.tolist() == [[0.0, 0.0, -0.5, -0.5, 1.5]]
+    returns = td_lambda(torch.zeros(1, 5), batch.rewards, batch.states, 1.0, 1.0)
+    assert returns.tolist() == [[0.0, 0.5, 0.5, 1.0, 1.5]]
+
+
 def test_targets_by_hand() -> None:
     # Two prompt tokens, two response tokens: s_0, s_1, s_2 at positions 1, 2, 3; padding at 4.
     batch = collate([Episode((1, 1), (1, 1), 10.0), Episode((1, 1), (1, 1, 1), 0.0)])

@@ -1,0 +1,106 @@
+"""Put the demo's real output and the measured tables into README.md.
+
+    python docs/refresh_readme.py            # everything
+    python docs/refresh_readme.py --tables   # only what comes from committed records
+
+A block of the README between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+QUALITY = ROOT / "docs/results/stories.json"
+SPEED = ROOT / "benchmarks/results"
+
+
+def demo() -> str:
+    """What ``fastguide demo`` prints into a file, 96 columns wide."""
+    code = "from fastguide.cli import main; main()"
+    environment = os.environ | {"COLUMNS": "96", "TERM": "dumb"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, "demo"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    lines = [line.rstrip() for line in result.stdout.strip("\n").splitlines()]
+    return "\n".join(["```text", "$ make demo", *lines, "```"])
+
+
+def quality() -> str:
+    """The guides' effect over β, from ``docs/results/stories.json``."""
+    record = json.loads(QUALITY.read_text(encoding="utf-8"))
+    lines = [
+        "| guide | β | reward, σ | tokens | KL per response |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, points in record["points"].items():
+        for beta, point in sorted(points.items(), key=lambda item: float(item[0])):
+            reward, tokens, kl = (
+                point[key] for key in ("reward_sd_units", "tokens", "kl_per_response")
+            )
+            lines.append(
+                f"| {name} | {beta} | {_mean(reward, '+.2f')} | {_mean(tokens, '.0f')} "
+                f"| {_mean(kl, '.1f')} |"
+            )
+    return "\n".join(lines)
+
+
+def speed() -> str:
+    """Guided against unguided steps, from the engine benchmark's records."""
+    lines = [
+        "| device | batch | unguided, ms | guided, ms | guided / unguided |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for path in sorted(SPEED.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("benchmark") != "engine":
+            continue
+        device = record["environment"]["device"]
+        lines += [
+            f"| {device} | {r['batch']} | {r['unguided']['ms']:.1f} | {r['guided']['ms']:.1f} "
+            f"| {r['guided_over_unguided']:.2f} |"
+            for r in record["results"]
+        ]
+    return "\n".join(lines)
+
+
+def _mean(estimate: dict[str, float], form: str) -> str:
+    value = round(estimate["mean"], 6) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return f"{value:{form}} ± {estimate['ci95']:{form.lstrip('+')}}"
+
+
+TABLES = {"quality": quality, "speed": speed}
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    """The text with one block exchanged."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"README.md has no block {name!r}")
+    return pattern.sub(lambda found: found[1] + block + "\n" + found[2].lstrip("\n"), text)
+
+
+def main() -> None:
+    """Command line; see ``--help``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", action="store_true", help="leave the demo's output as it is")
+    blocks = TABLES if parser.parse_args().tables else {**TABLES, "demo": demo}
+    text = README.read_text(encoding="utf-8")
+    for name, make in blocks.items():
+        text = replaced(text, name, make())
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

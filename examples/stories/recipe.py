@@ -1,0 +1,217 @@
+"""Make the packaged models again: base, rollouts, labels, guides, export, report and cards.
+
+    python examples/stories/recipe.py
+
+Stages that are done are skipped, and a killed stage continues where it was. Everything in between
+lies under ``runs/stories``; delete that folder to begin anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from cards import write_cards
+from pretrain import pretrain
+from prompts import read_stories, training_prompts
+
+from fastguide import Engine
+from fastguide.models.value import GuideConfig, ValueModel
+from fastguide.train.episodes import Episode, Rollout, label
+from fastguide.train.rollouts import RolloutConfig, collect, read
+from fastguide.train.value import ValueConfig, ValueTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+ROLLOUTS = RolloutConfig(
+    samples_per_prompt=2, max_tokens=320, temperature=0.7, seed=0, shard_prompts=1500
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+    """What is trained for one packaged guide."""
+
+    name: str
+    reward: str
+    max_tokens: int
+    lora_rank: int
+    attention: str  # the faster implementation for training on CPU at this length
+    training: ValueConfig
+
+
+GUIDES = (
+    Guide(
+        name="cheerful",
+        reward="cheerfulness",
+        max_tokens=128,
+        lora_rank=16,
+        attention="eager",
+        training=ValueConfig(
+            learning_rate=1e-3,
+            epochs=2,
+            batch_size=32,
+            ema=0.99,
+            bf16=True,
+            eval_every=180,
+            checkpoint_every=90,
+        ),
+    ),
+    Guide(
+        name="brief",
+        reward="brevity",
+        max_tokens=320,
+        lora_rank=16,
+        attention="sdpa",
+        training=ValueConfig(
+            learning_rate=1e-3,
+            epochs=1,
+            batch_size=32,
+            ema=0.98,
+            bf16=True,
+            eval_every=90,
+            checkpoint_every=90,
+        ),
+    ),
+)
+
+
+def main() -> None:
+    """Run all stages; see ``--help``."""
+    options = _parse()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    assets: Path = options.assets
+    _stage("base model", lambda: make_base(options, assets / "stories"))
+    _stage("rollouts", lambda: make_rollouts(options, assets / "stories"))
+    rollouts = list(read(options.work / "rollouts"))
+    for guide in GUIDES:
+        if options.only in (None, guide.name):
+            _stage(guide.name, lambda guide=guide: make_guide(guide, rollouts, options))
+    if not options.no_report:
+        import report
+
+        _stage("report", lambda: report.run(options.data, assets, options.threads))
+    write_cards(assets)
+
+
+def make_base(options: argparse.Namespace, target: Path) -> None:
+    """The packaged base model: a copy of ``--model``, or one trained from nothing."""
+    source: Path = options.model
+    if options.from_scratch:
+        source = options.work / "base"
+        if not (source / "done").is_file():
+            train, valid = (read_stories(options.data / f"{n}.txt") for n in ("train", "valid"))
+            pretrain(train, valid, source, epochs=options.base_epochs)
+            (source / "done").touch()
+    target.mkdir(parents=True, exist_ok=True)
+    for name in BASE_FILES:
+        if (source / name).resolve() != (target / name).resolve():
+            shutil.copyfile(source / name, target / name)
+
+
+def make_rollouts(options: argparse.Namespace, base: Path) -> None:
+    """Unguided responses of up to 320 tokens; both rewards are labelled on them."""
+    engine = Engine(base, guides={}, max_rows=options.max_rows)
+    stories = read_stories(options.data / "train.txt")
+    texts = training_prompts(stories, options.prompts, seed=ROLLOUTS.seed)
+    prompts = [list(ids) for ids in engine.tokenizer(texts).input_ids]
+    started = time.perf_counter()
+
+    def on_shard(done: int, of: int) -> None:
+        minutes = (time.perf_counter() - started) / 60
+        print(f"  shard {done} of {of}, {minutes:.1f} min", flush=True)
+
+    policy = f"stories-{zlib.crc32((base / 'model.safetensors').read_bytes()):08x}"
+    collect(engine, prompts, options.work / "rollouts", ROLLOUTS, policy=policy, on_shard=on_shard)
+
+
+def make_guide(guide: Guide, rollouts: list[Rollout], options: argparse.Namespace) -> None:
+    """Label, train and export one guide."""
+    folder = options.work / guide.name
+    if (folder / "done").is_file():
+        return
+    base = options.assets / "stories"
+    tokenizer = Engine(base, guides={}).tokenizer
+
+    def decode(ids: tuple[int, ...]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    episodes, scale = label(rollouts, guide.reward, decode, guide.max_tokens)
+    train, valid = split(episodes)
+    torch.manual_seed(guide.training.seed)
+    config = GuideConfig(str(base), scale, guide.training.gamma, guide.training.lam)
+    model = ValueModel.create(
+        base, lora_rank=guide.lora_rank, config=config, attn_implementation=guide.attention
+    )
+    trainer = ValueTrainer(model, guide.training, train, valid, folder)
+    print(f"  {len(train)} episodes, {trainer.total_steps} steps; log in {folder}", flush=True)
+    metrics = trainer.train()
+    facts = {
+        "rollouts": len(rollouts),
+        "max_tokens": guide.max_tokens,
+        "temperature": ROLLOUTS.temperature,
+        "validation_episodes": len(valid),
+        **{name: round(value, 4) for name, value in metrics.items()},
+        "hyperparameters": dataclasses.asdict(guide.training),
+    }
+    model.config = dataclasses.replace(config, training=facts)
+    target = options.assets / guide.name
+    model.save_pretrained(target, dtype=torch.bfloat16, base_model="../stories")
+    (folder / "done").touch()
+
+
+def split(episodes: list[Episode]) -> tuple[list[Episode], list[Episode]]:
+    """Training and validation episodes: a twentieth of the prompts, by hash, is held out."""
+    train, valid = [], []
+    for episode in episodes:
+        held = zlib.crc32(repr(episode.prompt_ids).encode()) % 20 == 0
+        (valid if held else train).append(episode)
+    return train, valid[:1000]
+
+
+def _stage(name: str, work) -> None:  # type: ignore[no-untyped-def]
+    started = time.perf_counter()
+    print(f"{name} …", flush=True)
+    work()
+    print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="make the packaged story models again")
+    shared = ROOT.parent / "shared"
+    add = parser.add_argument
+    add("--data", type=Path, default=shared / "data/stories", help="train.txt and valid.txt")
+    add("--model", type=Path, default=shared / "models/stories5m", help="base model to copy")
+    add("--from-scratch", action="store_true", help="train the base model on the data instead")
+    add("--base-epochs", type=int, default=10, help="epochs of --from-scratch")
+    add("--prompts", type=int, default=9000, help="training prompts, two responses each")
+    add("--only", choices=[guide.name for guide in GUIDES], help="train this guide only")
+    add("--no-report", action="store_true", help="do not measure the guides at the end")
+    add("--work", type=Path, default=ROOT / "runs/stories", help="folder of unfinished work")
+    add("--assets", type=Path, default=ROOT / "fastguide/assets", help="folder of the results")
+    add("--max-rows", type=int, default=64, help="responses sampled together")
+    add("--threads", type=int, default=2, help="CPU threads")
+    options = parser.parse_args()
+    needed = [options.data / "train.txt", options.data / "valid.txt"]
+    needed += [] if options.from_scratch else [options.model / "model.safetensors"]
+    if absent := [str(file) for file in needed if not file.is_file()]:
+        print(f"missing: {', '.join(absent)} (see --data and --model)", file=sys.stderr)
+        raise SystemExit(2)
+    return options
+
+
+if __name__ == "__main__":
+    main()
