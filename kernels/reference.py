@@ -196,7 +196,7 @@ def guide_sample(
     Z = torch.logaddexp(torch.logsumexp(u, dim=-1), tail)
     prob = torch.exp(u - Z[:, None])
     difference = torch.where(chosen, u - z, torch.zeros_like(u))
-    kl = (prob * difference).sum(-1) + A - Z
+    kl = ((prob * difference).sum(-1) + A - Z).clamp_min(0.0)  # rounding can leave -1e-9
 
     cumulative = prob.cumsum(-1)
     draw = philox_uniform(seed, position)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,7 +15,7 @@ from fastguide.cli.live import progress
 from fastguide.cli.loading import load_engine
 from fastguide.cli.output import Printer, opened
 from fastguide.config import Rule
-from fastguide.request import Completion, GenerationError, SamplingParams
+from fastguide.request import GenerationError, SamplingParams
 
 if TYPE_CHECKING:
     from fastguide.engine import Engine
@@ -87,10 +87,7 @@ def generate(
 
 
 def _complete(engine: Engine, job: Job, printer: Printer) -> None:
-    completions = cast(
-        "Generator[Completion]",
-        engine.completions(list(job.prompts), job.rule, job.weights, job.sampling),
-    )
+    completions = engine.completions(list(job.prompts), job.rule, job.weights, job.sampling)
     total = len(job.prompts) * job.sampling.n
     try:
         with progress(total, wanted=total > 1 and not printer.on_terminal) as note:

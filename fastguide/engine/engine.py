@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +26,8 @@ from fastguide.models.loading import (
     resolve_dtype,
 )
 from fastguide.request import Completion, GenerationError, Piece, SamplingParams
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "stories"
 """The packaged model that ``Engine()`` loads, with every packaged guide."""
@@ -145,17 +149,17 @@ class Engine:
         rule: Rule | Sequence[Rule | None] | None = None,
         weights: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[Completion]:
+    ) -> Generator[Completion, None, None]:
         """Completions as they finish, in no fixed order; arguments as in ``generate``.
 
-        An interrupt (Ctrl-C) gives what was done so far, as completions with
-        ``finish_reason="aborted"``, and is raised again after them.
+        An interrupt (Ctrl-C, or one thrown into the generator) gives what was done so far, as
+        completions with ``finish_reason="aborted"``, and is raised again after them.
         """
-        for sample in self._decode(as_prompts(prompts), rule, weights, sampling):
-            if isinstance(sample, Completion):
-                yield sample
-            elif sample.completion.finish_reason is not None:
-                yield sample.completion
+
+        def finished(completion: Completion, _: TextStream | None) -> Completion | None:
+            return completion if completion.finish_reason is not None else None
+
+        return self._decode(as_prompts(prompts), rule, weights, sampling, finished)
 
     def stream(
         self,
@@ -163,23 +167,26 @@ class Engine:
         rule: Rule | None = None,
         weights: Mapping[str, float] | None = None,
         sampling: SamplingParams | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Pieces of one prompt's completions as they are decoded; arguments as in ``generate``.
 
-        Joined, the pieces of a sample are exactly the text that ``generate`` gives.
+        Joined, the pieces of a sample are exactly the text that ``generate`` gives. Interrupts
+        are as in ``completions``.
 
         Raises:
             GenerationError: if the request fails.
         """
-        for sample in self._decode([prompt], rule, weights, sampling):
-            if isinstance(sample, Completion):
-                raise GenerationError([sample])
-            done = sample.completion.finish_reason is not None
-            if sample.completion.finish_reason == "error":
-                raise GenerationError([sample.completion])
-            text = sample.text.take(final=done)
-            if text or done:
-                yield Piece(text, sample.completion.sample, sample.completion if done else None)
+
+        def piece(completion: Completion, text: TextStream | None) -> Piece | None:
+            if completion.finish_reason == "error" or text is None:
+                raise GenerationError([completion])
+            done = completion.finish_reason is not None
+            new = text.take(final=done)
+            return (
+                Piece(new, completion.sample, completion if done else None) if new or done else None
+            )
+
+        return self._decode([prompt], rule, weights, sampling, piece)
 
     def _decode(
         self,
@@ -187,8 +194,9 @@ class Engine:
         rule: Rule | Sequence[Rule | None] | None,
         weights: Mapping[str, float] | Sequence[Mapping[str, float] | None] | None,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> Iterator[Sample | Completion]:
-        """The decode loop: samples after each of their steps; refused requests as completions."""
+        emit: Callable[[Completion, TextStream | None], T | None],
+    ) -> Generator[T, None, None]:
+        """The decode loop. ``emit`` sees every sample after each step and says what to yield."""
         count = len(prompts)
         rules = per_prompt("rule", rule, count)
         weighings = per_prompt("weights", weights, count)
@@ -202,27 +210,35 @@ class Engine:
                 )
             except ValueError as error:
                 where = f"prompt {i}: " if count > 1 else ""
-                yield Completion(i, 0, finish_reason="error", error=f"{where}{error}")
+                refused = Completion(i, 0, finish_reason="error", error=f"{where}{error}")
+                if (item := emit(refused, None)) is not None:
+                    yield item
         scheduler = Scheduler(requests, self.max_rows)
+        fresh: deque[Sample] = deque()  # stepped, and not yet shown to ``emit``
+
+        def items() -> Iterator[T]:
+            while fresh:
+                sample = fresh.popleft()
+                if (item := emit(sample.completion, sample.text)) is not None:
+                    yield item
+
         try:
             while not scheduler.done:
                 self._open(scheduler.admit())
-                alive = [
-                    sample
-                    for request in scheduler.running
-                    for sample in request.samples
-                    if sample.completion.finish_reason is None
-                ]
+                alive = [s for r in scheduler.running for s in r.samples if s.running]
                 if alive:
                     self._step(alive)
-                    yield from alive
+                    fresh.extend(alive)
+                    yield from items()
                 scheduler.running = [r for r in scheduler.running if r.rows]
         except KeyboardInterrupt:
-            for request in scheduler.running:
-                for sample in request.samples:
-                    if sample.completion.finish_reason is None:
-                        sample.finish("aborted")
-                        yield sample
+            fresh.extend(
+                s for r in scheduler.running for s in r.samples if s.running and s not in fresh
+            )
+            for sample in fresh:
+                if sample.running:
+                    sample.finish("aborted")
+            yield from items()
             raise
         finally:
             for request in scheduler.running:

@@ -42,7 +42,7 @@ class Request:
         """Batch rows it takes up: all its samples before it starts, then the unfinished ones."""
         if not self.samples:
             return self.sampling.n
-        return sum(s.completion.finish_reason is None for s in self.samples)
+        return sum(sample.running for sample in self.samples)
 
     @property
     def prompt(self) -> Prompt:
@@ -59,6 +59,11 @@ class Sample:
     row: Row
     text: TextStream
     completion: Completion
+
+    @property
+    def running(self) -> bool:
+        """Whether it has yet to end."""
+        return self.completion.finish_reason is None
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the sample and give its slots back."""

@@ -13,11 +13,16 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class RewardScale:
-    """The reward a guide predicts, in units of the unguided rollouts: ``(raw - mean) / std``."""
+    """The reward a guide predicts, in units of the unguided rollouts: ``(raw - mean) / std``.
+
+    ``per_token``: the reward is paid token by token instead of at the end, and a value is what is
+    still to come (see ``ValueModel.forward``).
+    """
 
     name: str = "reward"
     mean: float = 0.0
     std: float = 1.0
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         if not self.std > 0:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -65,7 +65,10 @@ class ValueModel(nn.Module):
         value of the prefix that **ends with token t**, that is V(s) of the state reached by
         appending token t. So Q(s, x) = V(s + x) (eq. 3) is read at the position of x, the value
         of a prompt at its last token, and the value of a finished response at its last token,
-        eos included if there is one. Values are in units of `RewardScale`.
+        eos included if there is one. Values are in units of `RewardScale`. If the reward is paid
+        per token (``RewardScale.per_token``), the value is what is still to come, the reward of
+        token t included, up to a constant. What was paid before is the same for all candidates
+        of a step, so eq. 4 does not change.
 
         Args:
             input_ids: ``[B, T]`` int64.
@@ -140,14 +143,15 @@ class ValueModel(nn.Module):
             lora.inference_mode = True
             lora.save_pretrained(str(target))
             state = get_peft_model_state_dict(self.backbone)
-            save_file({name: stored(t) for name, t in state.items()}, target / ADAPTER_FILE)
+            adapter = {name: stored(t) for name, t in state.items()}
+            (target / ADAPTER_FILE).write_bytes(save(adapter))
         elif isinstance(self.backbone, PreTrainedModel):
             state = {name: stored(t) for name, t in self.backbone.state_dict().items()}
             self.backbone.save_pretrained(target, state_dict=state)
         else:
             raise ValueError(f"cannot save a backbone of type {type(self.backbone).__name__}")
         head = {"weight": stored(self.head.weight), "bias": stored(self.head.bias)}
-        save_file(head, target / HEAD_FILE)
+        (target / HEAD_FILE).write_bytes(save(head))
         config.save(target)
 
     @classmethod

@@ -230,3 +230,28 @@ def test_an_interrupt_gives_what_was_done(engine: Engine, monkeypatch: pytest.Mo
     assert len(done[1].token_ids) == 3
     assert done[1].text
     assert engine.runner.policy.pool.slots.in_use == 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_interrupt_of_the_caller_is_thrown_in(engine: Engine, streamed: bool) -> None:
+    """Ctrl-C while the caller prints: throwing it into the generator gives what was done."""
+    sampling = SamplingParams(max_tokens=30, seed=0, n=3, ignore_eos=True)
+    if streamed:
+        pieces = engine.stream(GOOD, VAS(1.0), sampling=sampling)
+        for _ in range(7):
+            next(pieces)
+        last = [pieces.throw(KeyboardInterrupt)]
+        with pytest.raises(KeyboardInterrupt):
+            last.extend(pieces)
+        done = [piece.completion for piece in last if piece.completion]
+    else:
+        short = SamplingParams(max_tokens=2, seed=0)
+        completions = engine.completions([GOOD, GOOD], VAS(1.0), sampling=[short, sampling])
+        assert next(completions).finish_reason == "length"
+        done = [completions.throw(KeyboardInterrupt)]
+        with pytest.raises(KeyboardInterrupt):
+            done.extend(completions)
+    assert sorted(c.sample for c in done) == [0, 1, 2]
+    assert {c.finish_reason for c in done} == {"aborted"}
+    assert all(c.token_ids for c in done)
+    assert engine.runner.policy.pool.slots.in_use == 0

@@ -16,7 +16,9 @@ from fastguide.models.value import GuideConfig, RewardScale, ValueModel
 
 IDS = torch.tensor([[0, 424, 439, 259], [0, 323, 447, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-CONFIG = GuideConfig("stories", RewardScale("cheer", 0.25, 0.5), 1.0, 0.9, {"lr": 1e-3})
+CONFIG = GuideConfig(
+    "stories", RewardScale("cheer", 0.25, 0.5, per_token=True), 1.0, 0.9, {"lr": 1e-3}
+)
 
 
 def scrambled(model: ValueModel) -> ValueModel:
