@@ -61,4 +61,5 @@ $(VENV)/.created:
 		|| { echo "fastguide needs Python 3.10 or later with its venv module; '$(PYTHON)' is not" \
 		"one: install it, or name another with 'make PYTHON=...'." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	@touch $@

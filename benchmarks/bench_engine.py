@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastguide import VAS, Plain, TreeScorer
 from fastguide.config import Rule
-from fastguide.engine.runner import Prompt, Row, Runner
+from fastguide.engine.runner import Row, RowSpec, Runner
 from fastguide.models.attention import NAME
 from fastguide.models.decoder import Decoder
 
@@ -58,7 +58,7 @@ def open_rows(runner: Runner, rule: Rule, batch: int, prompt: int) -> list[Row]:
     """``batch`` requests with prompts of their own."""
     weights = {"value": 1.0} if rule.guided else {}
     prompts = [
-        Prompt(
+        RowSpec(
             [(31 * i + 7 * b) % SHAPE["vocab_size"] for i in range(prompt)],
             rule.lower(0.7),
             weights,
@@ -75,7 +75,7 @@ def check(runner: Runner, device: str, prompt: int) -> None:
     exact = random_llama(device, "sdpa").float()
     policy = random_llama(device, NAME).float()
     alone = Runner(Decoder(policy), {})
-    (rows,) = alone.open([Prompt(tokens, Plain().lower(0.0), {}, [0])])
+    (rows,) = alone.open([RowSpec(tokens, Plain().lower(0.0), {}, [0])])
     found = [alone.step(rows)[0].tokens[0] for _ in range(8)]
     ids = torch.tensor([tokens], device=device)
     mask = torch.ones_like(ids)

@@ -25,7 +25,7 @@ void topk_logsumexp(std::uintptr_t logits, std::uintptr_t inv_temperature, std::
   const py::gil_scoped_release release;
   fastguide::topk_logsumexp({pointer<const void>(logits), pointer<const float>(inv_temperature),
                              pointer<float>(values), pointer<std::int32_t>(ids),
-                             pointer<float>(lse), rows, vocab, row_stride, k,
+                             pointer<double>(lse), rows, vocab, row_stride, k,
                              static_cast<fastguide::DType>(dtype), threads});
 }
 

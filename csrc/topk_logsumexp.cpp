@@ -213,10 +213,10 @@ struct Accumulator {
     sum += other.sum * factor;
   }
 
-  float result() const {
-    if (std::isnan(sum)) return std::numeric_limits<float>::quiet_NaN();
+  double result() const {
+    if (std::isnan(sum)) return std::numeric_limits<double>::quiet_NaN();
     if (std::isinf(maximum)) return maximum;
-    return static_cast<float>(static_cast<double>(maximum) + std::log(sum));
+    return static_cast<double>(maximum) + std::log(sum);
   }
 };
 

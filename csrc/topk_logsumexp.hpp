@@ -16,7 +16,7 @@ struct TopkLogsumexp {
   // Outputs, contiguous.
   float* values;      // [rows, k], sorted; -inf past the vocabulary
   std::int32_t* ids;  // [rows, k], ties broken by the lower id; -1 past the vocabulary
-  float* lse;         // [rows]; -inf for a row of only -inf, NaN for a row that holds a NaN
+  double* lse;        // [rows]; -inf for a row of only -inf, NaN for a row that holds a NaN
   // Sizes.
   std::int64_t rows;
   std::int64_t vocab;       // below 2^31

@@ -36,6 +36,7 @@ _HOME = {
     "ValueGuide": "guides",
     "Completion": "request",
     "GenerationError": "request",
+    "GenerationInterrupt": "request",
     "Piece": "request",
     "SamplingParams": "request",
     "TreeScorer": "scorer",

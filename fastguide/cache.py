@@ -106,14 +106,13 @@ class KVPool:
         return sum(t.nbytes for pair in self._layers.values() for t in pair)
 
     def _allocate(self, like: Tensor, old: Tensor | None) -> Tensor:
-        # Zeros, not empty: padding of a batch may point at any slot, and 0 * NaN is NaN.
         new = like.new_zeros(self.slots.capacity, *like.shape[1:])
         if old is not None:
             new[: old.shape[0]] = old
         return new
 
 
-class Sequence:
+class CachedSequence:
     """The tokens of one request as one model sees them.
 
     ``tokens[: len(slots)]`` are in the pool; the rest are *pending* and go into the next pass.
@@ -152,9 +151,9 @@ class Sequence:
         """Note that the first ``len(slots)`` pending tokens now live in ``slots``."""
         self._extend(slots)
 
-    def fork(self) -> Sequence:
+    def fork(self) -> CachedSequence:
         """A second sequence with the same tokens, sharing every slot."""
-        twin = Sequence(self.pool, self.tokens)
+        twin = CachedSequence(self.pool, self.tokens)
         self.pool.slots.share(self.slots)
         twin._extend(self.slots)
         return twin

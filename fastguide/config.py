@@ -6,12 +6,14 @@ rule or a guide. To add a rule, add a dataclass here with ``k``, ``guided`` and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 MAX_CANDIDATES = 256
 """Most candidates a rule may ask for, and what the kernels are built for."""
+
+MAX_STRENGTH = 1e6
+"""Largest β, w or weight of a guide; beyond it nothing changes but rounding."""
 
 FILLS = ("mean", "none", "drop")
 """Fill modes; the index of a name is its code in ``kernels.reference.FILL_*``."""
@@ -28,9 +30,15 @@ class RowParameters(NamedTuple):
     inv_temperature: float
 
 
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; allowed are finite numbers")
+def check_strength(name: str, value: float) -> None:
+    """Refuse a strength or weight that is no number or would overflow.
+
+    Raises:
+        ValueError: naming it, its value and the range.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not abs(value) <= MAX_STRENGTH:
+        raise ValueError(f"{name} is {value!r}; allowed are numbers from -1e6 to 1e6")
 
 
 def _check_k(k: int) -> None:
@@ -79,7 +87,7 @@ class VAS:
     guided = True
 
     def __post_init__(self) -> None:
-        _check_number("beta", self.beta)
+        check_strength("beta", self.beta)
         _check_k(self.k)
         if self.fill not in FILLS:
             raise ValueError(f"fill is {self.fill!r}; allowed are {', '.join(FILLS)}")
@@ -111,7 +119,7 @@ class ARGS:
     guided = True
 
     def __post_init__(self) -> None:
-        _check_number("weight", self.weight)
+        check_strength("weight", self.weight)
         _check_k(self.k)
         if self.form not in ("additive", "interpolated"):
             raise ValueError(f"form is {self.form!r}; allowed are additive, interpolated")

@@ -158,3 +158,16 @@ class GenerationError(ValueError):
         more = f" ({len(failed)} of {len(outputs)} completions failed; see .outputs)"
         super().__init__(first + (more if len(outputs) > 1 else ""))
         self.outputs = outputs
+
+
+class GenerationInterrupt(KeyboardInterrupt):
+    """Ctrl-C during a call; nothing that was done is lost.
+
+    Attributes:
+        outputs: the completions that ended before it, and those it cut short, which have
+            ``finish_reason == "aborted"``.
+    """
+
+    def __init__(self, outputs: list[Completion]) -> None:
+        super().__init__(f"interrupted with {len(outputs)} completions (see .outputs)")
+        self.outputs = outputs

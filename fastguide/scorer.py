@@ -11,16 +11,17 @@ gets a scalar for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Sequences
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from operator import index
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from fastguide.cache import Sequence
+from fastguide.cache import CachedSequence
 from fastguide.models.decoder import Decoder
 
-Candidate = int | Sequences[int]
+Candidate = SupportsIndex | Sequence[SupportsIndex]
 """A continuation: one token id, or a branch of several."""
 
 
@@ -50,17 +51,20 @@ class Scorer(Protocol):
     def context(self) -> int | None:
         """Most tokens of a request, candidate included; None for no limit."""
 
-    def open(self, tokens: Sequences[int]) -> State:
+    def open(self, tokens: Sequence[int]) -> State:
         """Start a request with its prompt's tokens."""
 
     # States come back to the scorer that opened them, so each takes its own kind (hence Any).
-    def prefill(self, states: Sequences[Any]) -> None:
+    def prefill(self, states: Sequence[Any]) -> None:
         """Compute what can be computed before candidates are known."""
 
     def score(
-        self, states: Sequences[Any], candidates: Sequences[Sequences[Candidate]]
+        self, states: Sequence[Any], candidates: Sequence[Sequence[Candidate]]
     ) -> list[Tensor]:
-        """Scores of every request's candidates: ``[k_r]`` fp32 tensors; higher is better."""
+        """Scores of every request's candidates: ``[k_r]`` fp32 tensors; higher is better.
+
+        Any device will do; a score that is NaN or infinite, or an exception, fails its request.
+        """
 
 
 class TreeScorer:
@@ -76,18 +80,19 @@ class TreeScorer:
         self.decoder = decoder
         self.head = head
         self.context = decoder.context
+        self.vocabulary = int(decoder.model.get_input_embeddings().weight.shape[0])
 
-    def open(self, tokens: Sequences[int]) -> Sequence:
+    def open(self, tokens: Sequence[int]) -> CachedSequence:
         """Start a request with its prompt's tokens; nothing is computed yet."""
         return self.decoder.open(tokens)
 
-    def prefill(self, states: Sequences[Sequence]) -> None:
+    def prefill(self, states: Sequence[CachedSequence]) -> None:
         """Compute keys and values of all pending tokens."""
         self.decoder.prefill(states)
 
     @torch.inference_mode()
     def score(
-        self, states: Sequences[Sequence], candidates: Sequences[Sequences[Candidate]]
+        self, states: Sequence[CachedSequence], candidates: Sequence[Sequence[Candidate]]
     ) -> list[Tensor]:
         """Score candidates in one forward pass: pending tokens, then all candidates as a tree.
 
@@ -103,14 +108,20 @@ class TreeScorer:
             Per request ``[k_r]`` fp32 on the model's device, in the order of the candidates.
 
         Raises:
-            ValueError: if a request has no candidates or would outgrow the model's context.
+            ValueError: if a request has no candidates, names a token that the model does not
+                know, or would outgrow the model's context.
         """
-        branches = [[_branch(c) for c in row] for row in candidates]
+        branches = [[branch_of(c) for c in row] for row in candidates]
         if len(branches) != len(states):
             raise ValueError(f"received candidates for {len(branches)} of {len(states)} requests")
         for state, row in zip(states, branches, strict=True):
             if not row or not all(row):
                 raise ValueError("received an empty candidate; allowed is one token id or more")
+            unknown = [t for branch in row for t in branch if not 0 <= t < self.vocabulary]
+            if unknown:
+                raise ValueError(
+                    f"received token id {unknown[0]}; allowed are 0 to {self.vocabulary - 1}"
+                )
             longest = len(state) + max(map(len, row))
             if self.context is not None and longest > self.context:
                 raise ValueError(
@@ -123,11 +134,14 @@ class TreeScorer:
         return list(scores.split([len(row) for row in branches]))
 
 
-def _branch(candidate: Candidate) -> tuple[int, ...]:
-    return (candidate,) if isinstance(candidate, int) else tuple(candidate)
+def branch_of(candidate: Candidate) -> tuple[int, ...]:
+    """The tokens of a candidate."""
+    if isinstance(candidate, SupportsIndex):  # int, numpy integer, one-element tensor
+        return (index(candidate),)
+    return tuple(map(index, candidate))
 
 
-def follow(scorer: Scorer, states: list[State], rows: Sequences[list[int]]) -> list[State]:
+def follow(scorer: Scorer, states: list[State], rows: Sequence[list[int]]) -> list[State]:
     """Make states hold exactly the given token rows, reusing what they share with them.
 
     For hosts that show only token ids at each step (``model.generate``, a server without hooks):

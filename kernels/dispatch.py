@@ -49,7 +49,7 @@ def topk_logsumexp(
 
     Returns:
         values ``[N, k]`` fp32 (fp64 for fp64 logits), sorted; ids ``[N, k]`` int32, ties broken by
-        the lower id; lse ``[N]``, the dtype of values.
+        the lower id; lse ``[N]`` fp64.
 
     Raises:
         ValueError: an argument is not as described, or a forced implementation cannot do the work.

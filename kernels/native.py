@@ -61,7 +61,7 @@ def topk_logsumexp(
         inv_temperature: ``[N]`` fp32 on CPU, positive and finite.
 
     Returns:
-        values ``[N, k]`` fp32, ids ``[N, k]`` int32, lse ``[N]`` fp32, new and contiguous.
+        values ``[N, k]`` fp32, ids ``[N, k]`` int32, lse ``[N]`` fp64, new and contiguous.
 
     Raises:
         ValueError: the extension is not built, or an argument is not as described.
@@ -73,7 +73,7 @@ def topk_logsumexp(
     inv_temperature = inv_temperature.detach().contiguous()
     values = torch.empty(rows, k, dtype=torch.float32)
     ids = torch.empty(rows, k, dtype=torch.int32)
-    lse = torch.empty(rows, dtype=torch.float32)
+    lse = torch.empty(rows, dtype=torch.float64)
     _C.topk_logsumexp(
         logits.data_ptr(),
         inv_temperature.data_ptr(),

@@ -50,13 +50,14 @@ def topk_logsumexp(
 
     Returns:
         values ``[N, k]`` fp32 (fp64 for fp64 logits), sorted, of ``z = logits * inv_temperature``;
-        ids ``[N, k]`` int32, ties broken by the lower id; lse ``[N]``, the dtype of values.
-        Columns past the vocabulary hold -inf and id -1.
+        ids ``[N, k]`` int32, ties broken by the lower id; lse ``[N]`` fp64 (differences from it
+        are taken, and an fp32 near 20 is only known to 1e-6).
+        Columns past the vocabulary hold -inf and id -1. NaN in a row makes its lse NaN.
     """
     double = logits.dtype == torch.float64
     wide = torch.float64 if double else torch.float32
     z = logits.to(wide) * inv_temperature.to(wide)[:, None]
-    lse = torch.logsumexp(z, dim=-1)
+    lse = torch.logsumexp(z.double(), dim=-1)
     vocab = z.shape[1]
     width = min(k, vocab)
     if double:
@@ -109,6 +110,34 @@ def philox_uniform(seed: Tensor, position: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------- rules
 
 
+def guided_values(
+    z: Tensor, scores: Tensor, *, scale: Tensor, weight: Tensor, fill: Tensor
+) -> Tensor:
+    """Unnormalised log-probabilities of the candidates under a rule.
+
+    ``u_i = scale * z_i + b_i`` with ``b_i = weight * (s_i - mean(s))`` for ``FILL_MEAN`` and
+    ``weight * s_i`` otherwise. ``FILL_MEAN`` is VAS eq. 4: subtracting the common shift
+    ``beta * mean(s)`` from every token leaves the other V - k logits alone.
+
+    Args:
+        z: ``[N, K]`` fp64, base logits over the temperature; -inf marks a column that is no
+            candidate.
+        scores: ``[N, K]`` fp64; not read where ``z`` is -inf.
+        scale: ``[N]`` factor of the base log-probability.
+        weight: ``[N]`` factor of the score.
+        fill: ``[N]`` int64, one of the ``FILL_*`` codes.
+
+    Returns:
+        ``[N, K]`` fp64; -inf where ``z`` is.
+    """
+    chosen = torch.isfinite(z)
+    s = torch.where(chosen, scores, torch.zeros_like(scores))
+    mean = s.sum(-1, keepdim=True) / chosen.sum(-1, keepdim=True).clamp_min(1)
+    shift = torch.where((fill == FILL_MEAN)[:, None], mean, torch.zeros_like(mean))
+    u = scale[:, None] * z + weight[:, None] * (s - shift)
+    return torch.where(chosen, u, torch.full_like(u, float("-inf")))
+
+
 class GuidedSample(NamedTuple):
     """What one sampling step gives, each ``[N]``."""
 
@@ -141,17 +170,20 @@ def guide_sample(
     greedy: Tensor,
     seed: Tensor,
     position: Tensor,
+    vocab: int,
 ) -> GuidedSample:
     """Fold guide scores into the base distribution and draw a token from it, exactly.
 
-    A candidate's unnormalised log-probability is ``u_i = scale * z_i + b_i`` with
-    ``b_i = weight * (s_i - mean(s))`` for ``FILL_MEAN`` and ``weight * s_i`` otherwise; all other
-    tokens keep ``z_j`` (``FILL_MEAN``, ``FILL_NONE``) or get -inf (``FILL_DROP``). ``FILL_MEAN`` is
-    VAS eq. 4: subtracting the common shift ``beta * mean(s)`` leaves the other V - k logits alone.
-    With the tail's log-mass ``T = A + log1p(-exp(C - A))`` and ``C = logsumexp_i(z_i)``, the
-    normaliser is ``Z = logaddexp(logsumexp_i(u_i), T)``, so one pass over the vocabulary (the
-    one that gave ``values`` and ``lse``) is enough for the exact distribution, and
+    A candidate's unnormalised log-probability is ``u_i`` of :func:`guided_values`; all other
+    tokens keep ``z_j`` (``FILL_MEAN``, ``FILL_NONE``) or get -inf (``FILL_DROP``). With the
+    tail's log-mass ``T = A + log1p(-exp(C - A))`` and ``C = logsumexp_i(z_i)``, the normaliser
+    is ``Z = logaddexp(logsumexp_i(u_i), T)``, so one pass over the vocabulary (the one that gave
+    ``values`` and ``lse``) is enough for the exact distribution, and
     ``KL = sum_i P_i (u_i - z_i) + A - Z``.
+
+    ``A - C`` cancels where the tail is tiny, and a guide that forbids the likely tokens would
+    magnify the rounding. So T is held between what the tail must weigh at least and can weigh at
+    most: between ``z_{k+1}`` and ``z_{k+1} + log(V - k)``.
 
     The draw inverts the distribution function along the vocabulary in order of descending base
     logit, so at zero weight the token does not depend on how many candidates there are.
@@ -166,33 +198,31 @@ def guide_sample(
         ids: ``[N, K]`` integers, the token ids of ``values``.
         lse: ``[N]``, ``A``.
         scores: ``[N, K]`` composed guide scores; only the first ``count`` columns are read.
-        count: ``[N]`` int64, how many of the columns are candidates, 1 to K. Greedy rows with
-            ``FILL_NONE`` need one column more unless the vocabulary ends there.
+        count: ``[N]`` int64, how many of the columns are candidates, 1 to K. Each row needs one
+            column more than that, unless the vocabulary ends there.
         scale: ``[N]`` factor of the base log-probability; 1 unless the fill is ``FILL_DROP``.
         weight: ``[N]`` factor of the score (VAS: beta).
         fill: ``[N]`` int64, one of the ``FILL_*`` codes.
         greedy: ``[N]`` bool.
         seed: ``[N]`` int64.
         position: ``[N]`` int64.
+        vocab: V.
 
     Returns:
         A ``GuidedSample``. The arithmetic is fp64 throughout.
     """
-    z, A, s = values.double(), lse.double(), scores.double()
-    scale, weight = scale.double()[:, None], weight.double()[:, None]
-    columns = torch.arange(z.shape[1], device=z.device)
-    chosen = (columns < count[:, None]) & torch.isfinite(z)
-    nothing = torch.full_like(z, float("-inf"))
-    s = torch.where(chosen, s, torch.zeros_like(s))
-    mean = s.sum(-1, keepdim=True) / chosen.sum(-1, keepdim=True).clamp_min(1)
-    shift = torch.where((fill == FILL_MEAN)[:, None], mean, torch.zeros_like(mean))
-    bonus = weight * (s - shift)
-    z = torch.where(chosen, z, nothing)
-    u = torch.where(chosen, scale * z + bonus, nothing)
+    values, A = values.double(), lse.double()
+    columns = torch.arange(values.shape[1], device=values.device)
+    z = values.masked_fill(columns >= count[:, None], float("-inf"))
+    chosen = torch.isfinite(z)
+    u = guided_values(z, scores.double(), scale=scale.double(), weight=weight.double(), fill=fill)
 
     inside = torch.logsumexp(z, dim=-1)
     tail = A + torch.log1p(-torch.exp((inside - A).clamp_max(0.0)))
-    tail = torch.where(fill == FILL_DROP, nothing[:, 0], tail)
+    following = F.pad(values, (0, 1), value=float("-inf")).gather(-1, count[:, None])[:, 0]
+    most = following + torch.log((vocab - count).clamp_min(1).double())
+    tail = torch.minimum(torch.maximum(tail, following), most)
+    tail = tail.masked_fill(fill == FILL_DROP, float("-inf"))
     Z = torch.logaddexp(torch.logsumexp(u, dim=-1), tail)
     prob = torch.exp(u - Z[:, None])
     difference = torch.where(chosen, u - z, torch.zeros_like(u))
@@ -211,8 +241,7 @@ def guide_sample(
     fraction = torch.where(in_tail, fraction, torch.zeros_like(fraction))
 
     best_value, best = u.max(dim=-1)
-    others = F.pad(values.double(), (0, 1), value=float("-inf")).gather(-1, count[:, None])[:, 0]
-    other_wins = greedy & (fill != FILL_DROP) & (others > best_value)
+    other_wins = greedy & (fill != FILL_DROP) & (following > best_value)
     index = torch.where(greedy, torch.where(other_wins, count, best), index)
     source = torch.where(
         torch.where(greedy, other_wins, in_tail), torch.full_like(index, TAIL), index
@@ -222,7 +251,7 @@ def guide_sample(
     safe = index.clamp_max(z.shape[1] - 1)[:, None]
     token = ids.to(torch.int64).gather(-1, safe)[:, 0]
     token = torch.where(needs_tail, torch.full_like(token, -1), token)
-    picked_z = values.double().gather(-1, safe)[:, 0]
+    picked_z = values.gather(-1, safe)[:, 0]
     picked_u = torch.where(other_wins, picked_z, u.gather(-1, safe)[:, 0])
     unknown = torch.full_like(picked_z, float("nan"))
     logprob = torch.where(needs_tail, unknown, picked_u - Z)
@@ -251,7 +280,8 @@ def sample_tail(
     Returns:
         token ``[M]`` int64 and its ``z`` ``[M]`` fp64.
     """
-    z = (logits[rows].float() * inv_temperature[rows].float()[:, None]).double()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    z = (logits[rows].to(wide) * inv_temperature[rows].to(wide)[:, None]).double()
     z, order = torch.sort(z, dim=-1, descending=True, stable=True)
     ranks = torch.arange(z.shape[1], device=z.device)
     inside = ranks < count[rows][:, None]
@@ -280,7 +310,8 @@ class TreeLayout(NamedTuple):
     valid: Tensor
     """``[R, M]`` bool: False where ``rows`` is padding."""
     slots: Tensor
-    """``[R, L]`` int64: slots of the KV pool; padding holds any slot and is visible to no row."""
+    """``[R, L]`` int64: slots of the KV pool; padding holds a slot of the same request (its
+    values may be NaN) and is visible to no row."""
     visible: Tensor
     """``[R, M, L]`` bool."""
     row_positions: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -67,6 +68,15 @@ def test_scratch_is_k_slots_however_many_steps(scorer: TreeScorer) -> None:
     state.close()
 
 
+def test_candidates_of_numpy_and_torch(scorer: TreeScorer) -> None:
+    state = scorer.open([5, 6, 7])
+    ids = [3, 9, 27]
+    (plain,) = scorer.score([state], [ids])
+    for same in (np.array(ids), torch.tensor(ids)):
+        assert torch.allclose(scorer.score([state], [same])[0], plain, atol=1e-6)  # type: ignore[list-item]
+    state.close()
+
+
 def test_an_empty_prompt_and_the_first_token(scorer: TreeScorer, model: ValueModel) -> None:
     state = scorer.open([])
     (found,) = scorer.score([state], [[7, 9]])
@@ -80,6 +90,7 @@ def test_an_empty_prompt_and_the_first_token(scorer: TreeScorer, model: ValueMod
         (1, [[]], "empty candidate"),
         (1, [[()]], "empty candidate"),
         (1, [[1], [2]], "candidates for 2 of 1 requests"),
+        (1, [[2048]], "received token id 2048; allowed are 0 to 2047"),
         (1023, [[(1, 2)]], "a continuation has 1025 tokens; the scorer's context is 1024"),
     ],
 )

@@ -30,10 +30,10 @@ def packaged(name: str) -> Path:
 def resolve(name_or_path: str | Path) -> str:
     """The packaged folder when ``name_or_path`` is a packaged name, else the argument itself.
 
-    A local path of that name wins over the packaged folder; anything else (a path, a hub id) is
+    A packaged name means the packaged folder wherever one stands; a folder of that name in the
+    working directory is given as ``./NAME`` or as a ``Path``. Anything else (a path, a hub id) is
     returned unchanged, as a string.
     """
     text = str(name_or_path)
-    if text in names() and not Path(text).exists():
-        return str(_ROOT / text)
-    return text
+    packaged_name = text in names() and not isinstance(name_or_path, Path)
+    return str(_ROOT / text) if packaged_name else text

@@ -5,12 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from fastguide.cli import options
-from fastguide.cli.arguments import build_rule, parse_guides, read_prompts, unescape
+from fastguide.cli.arguments import (
+    build_rule,
+    packaged_guides,
+    parse_guides,
+    read_prompts,
+    unescape,
+)
 from fastguide.cli.live import progress
 from fastguide.cli.loading import load_engine
 from fastguide.cli.output import Printer, opened
@@ -57,7 +64,10 @@ def generate(
     """Continue texts with a language model that guides steer."""
     if stream and as_json:
         raise ValueError("--stream and --json are both given; allowed is one of them")
-    given = parse_guides(guides or [])
+    strength = (beta, weight, k, fill, form)
+    asked = rule in ("vas", "args") or any(value is not None for value in strength)
+    default = packaged_guides() if asked and rule != "none" and model is None else []
+    given = parse_guides(guides or default)
     chosen = build_rule(rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form)
     used = given if chosen.guided else []
     job = Job(
@@ -77,6 +87,8 @@ def generate(
         engine = load_engine(
             model, used, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
+        if output is not None and Path(output).is_file():
+            file.truncate(0)
         try:
             (_stream if stream else _complete)(engine, job, printer)
         except KeyboardInterrupt:

@@ -19,6 +19,9 @@ from fastguide.request import Completion, Piece
 def opened(path: str | None) -> Iterator[TextIO]:
     """The file to write to; standard output for None.
 
+    What the file held is replaced once the models are loaded, not before: a mistake in
+    another option must not cost old results.
+
     Raises:
         ValueError: when the file cannot be written.
     """
@@ -28,7 +31,7 @@ def opened(path: str | None) -> Iterator[TextIO]:
         return
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(Path(path).open("w", encoding="utf-8"))
+            file = stack.enter_context(Path(path).open("a", encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error
         yield file
@@ -72,22 +75,22 @@ class Printer:
             for piece in pieces:
                 waiting[piece.sample].append(piece)
                 while waiting[shown]:
-                    if not begun:
+                    now = waiting[shown].pop(0)
+                    if now.text and not begun:
                         self._begin(prompt, shown)
                         begun = True
-                    now = waiting[shown].pop(0)
                     print(now.text, end="", file=self._file, flush=True)
                     if now.completion is not None:
+                        if begun or now.completion.finish_reason != "error":
+                            print(file=self._file, flush=True)
+                        if now.completion.finish_reason != "error":  # those are raised at the end
+                            self._count(now.completion)
                         shown, begun = shown + 1, False
-                        self._end(now.completion)
         except KeyboardInterrupt:
             if begun:  # it came while a piece was printed, not while one was computed
-                self._end(Completion(prompt, shown, finish_reason="aborted"))
+                print(file=self._file, flush=True)
+                self.aborted += 1
             raise
-
-    def _end(self, completion: Completion) -> None:
-        print(file=self._file, flush=True)
-        self._count(completion)
 
     def fail(self, sentence: str) -> None:
         """Report a prompt that failed."""

@@ -22,10 +22,17 @@ from fastguide.guides import Guide, LoadContext, ValueGuide
 from fastguide.models.loading import (
     load_policy,
     load_tokenizer,
+    one_line,
     resolve_device,
     resolve_dtype,
 )
-from fastguide.request import Completion, GenerationError, Piece, SamplingParams
+from fastguide.request import (
+    Completion,
+    GenerationError,
+    GenerationInterrupt,
+    Piece,
+    SamplingParams,
+)
 
 T = TypeVar("T")
 
@@ -89,6 +96,7 @@ class Engine:
             dtype=wanted if isinstance(wanted, torch.dtype) else None,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            vocabulary=policy.model.config.get_text_config().vocab_size,
         )
         scorers = {name: guide.load(context) for name, guide in chosen.items()}
         self.runner = Runner(policy, scorers)
@@ -129,15 +137,19 @@ class Engine:
 
         Raises:
             GenerationError: a ``ValueError`` whose ``outputs`` holds what was finished.
+            GenerationInterrupt: a ``KeyboardInterrupt`` (Ctrl-C) with what was done as ``outputs``.
         """
         if errors not in ("raise", "return"):
             raise ValueError(f"errors is {errors!r}; allowed are raise, return")
         listed = as_prompts(prompts)
         done: list[Completion] = []
-        with _progress(progress, len(listed), sampling) as advance:
-            for completion in self.completions(listed, rule, weights, sampling):
-                done.append(completion)
-                advance()
+        try:
+            with _progress(progress, len(listed), sampling) as advance:
+                for completion in self.completions(listed, rule, weights, sampling):
+                    done.append(completion)
+                    advance()
+        except KeyboardInterrupt as interrupt:
+            raise GenerationInterrupt(done) from interrupt
         done.sort(key=lambda c: (c.prompt, c.sample))
         if errors == "raise" and any(c.finish_reason == "error" for c in done):
             raise GenerationError(done)
@@ -174,19 +186,22 @@ class Engine:
         are as in ``completions``.
 
         Raises:
-            GenerationError: if the request fails.
+            GenerationError: if samples failed, after the others have ended.
         """
+        failed: list[Completion] = []
 
         def piece(completion: Completion, text: TextStream | None) -> Piece | None:
-            if completion.finish_reason == "error" or text is None:
-                raise GenerationError([completion])
+            if completion.finish_reason == "error":
+                failed.append(completion)
             done = completion.finish_reason is not None
-            new = text.take(final=done)
-            return (
-                Piece(new, completion.sample, completion if done else None) if new or done else None
-            )
+            new = text.take(final=done) if text is not None else ""
+            if not new and not done:
+                return None
+            return Piece(new, completion.sample, completion if done else None)
 
-        return self._decode([prompt], rule, weights, sampling, piece)
+        yield from self._decode([prompt], rule, weights, sampling, piece)
+        if failed:
+            raise GenerationError(failed)
 
     def _decode(
         self,
@@ -224,7 +239,15 @@ class Engine:
 
         try:
             while not scheduler.done:
-                self._open(scheduler.admit())
+                admitted = scheduler.admit()
+                self._open(admitted)
+                for request in admitted:
+                    if request.refused is not None:
+                        refused = Completion(
+                            request.index, 0, finish_reason="error", error=request.refused
+                        )
+                        if (item := emit(refused, None)) is not None:
+                            yield item
                 alive = [s for r in scheduler.running for s in r.samples if s.running]
                 if alive:
                     self._step(alive)
@@ -246,9 +269,24 @@ class Engine:
                     sample.row.close()
 
     def _open(self, requests: list[Request]) -> None:
-        """Prefill admitted requests together and start their samples."""
+        """Prefill admitted requests together and start their samples.
+
+        Where that fails, each is tried alone, and those that fail again end with an error.
+        """
+        if not requests:
+            return
         started = time.perf_counter()
-        opened = self.runner.open([r.prompt for r in requests]) if requests else []
+        try:
+            opened = self.runner.open([request.prompt for request in requests])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if len(requests) > 1:
+                for request in requests:
+                    self._open([request])
+            else:
+                requests[0].refused = f"prompt {requests[0].index}: {one_line(error)}"
+            return
         for request, rows in zip(requests, opened, strict=True):
             request.started = started
             for i, row in enumerate(rows):

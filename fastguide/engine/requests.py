@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastguide.config import Plain, RowParameters, Rule
-from fastguide.engine.runner import Prompt, Row
+from fastguide.config import Plain, RowParameters, Rule, check_strength
+from fastguide.engine.runner import Row, RowSpec
 from fastguide.engine.text import TextStream
 from fastguide.request import Completion, FinishReason, SamplingParams, sample_seed
 
@@ -35,20 +35,24 @@ class Request:
     seed: int
     max_tokens: int
     started: float = 0.0
+    refused: str | None = None
+    """Why it could not be started."""
     samples: list[Sample] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
         """Batch rows it takes up: all its samples before it starts, then the unfinished ones."""
+        if self.refused is not None:
+            return 0
         if not self.samples:
             return self.sampling.n
         return sum(sample.running for sample in self.samples)
 
     @property
-    def prompt(self) -> Prompt:
+    def prompt(self) -> RowSpec:
         """What the runner starts: one row per sample, each with a seed of its own."""
         seeds = [sample_seed(self.seed, i) for i in range(self.sampling.n)]
-        return Prompt(self.tokens, self.parameters, self.weights, seeds)
+        return RowSpec(self.tokens, self.parameters, self.weights, seeds)
 
 
 @dataclass(eq=False)
@@ -115,6 +119,11 @@ def build_request(
                 f"k is {parameters.k}; allowed are 1 to {limits.vocabulary} (vocabulary)"
             )
         parameters = parameters._replace(k=limits.vocabulary)
+    outside = [token for token in tokens if not 0 <= token < limits.vocabulary]
+    if outside:
+        raise ValueError(
+            f"the prompt has token id {outside[0]}; allowed are 0 to {limits.vocabulary - 1}"
+        )
     used = _weights(chosen, weights, limits)
     contexts = {"model": limits.context} | {
         f"guide {name!r}": limits.guide_contexts[name] for name in used
@@ -158,10 +167,5 @@ def _weights(rule: Rule, weights: Mapping[str, float] | None, limits: Limits) ->
     for name, weight in weights.items():
         if name not in limits.guide_contexts:
             raise ValueError(f"unknown guide {name!r} in weights; allowed are {', '.join(names)}")
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, (int, float))
-            or not abs(weight) < 1e30
-        ):
-            raise ValueError(f"weight of guide {name!r} is {weight!r}; allowed are finite numbers")
+        check_strength(f"weight of guide {name!r}", weight)
     return {name: float(weight) for name, weight in weights.items() if weight}

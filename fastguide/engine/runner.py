@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastguide.cache import Sequence as PolicySequence
+from fastguide.cache import CachedSequence
 from fastguide.config import RowParameters
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
 from fastguide.models.decoder import Decoder
@@ -25,7 +25,7 @@ from fastguide.scorer import Scorer, State
 class Row:
     """One running sample: its policy sequence, its state in every guide it uses, its numbers."""
 
-    sequence: PolicySequence
+    sequence: CachedSequence
     parameters: RowParameters
     weights: Mapping[str, float]
     """Guides in use by name; empty for plain decoding."""
@@ -53,7 +53,7 @@ class Row:
         self.steps += 1
 
 
-class Prompt(NamedTuple):
+class RowSpec(NamedTuple):
     """What a request brings to the runner: one row for each of its seeds."""
 
     tokens: Sequence[int]
@@ -72,7 +72,7 @@ class Runner:
         """Time spent in each phase of all steps so far, for benchmarks."""
         self._batch: tuple[list[Row], RowBatch] | None = None
 
-    def open(self, prompts: Sequence[Prompt]) -> list[list[Row]]:
+    def open(self, prompts: Sequence[RowSpec]) -> list[list[Row]]:
         """Start requests: prefill every prompt once in each model it uses, fork it per seed.
 
         All prompts go through a model together. The last prompt token stays pending: the first
@@ -113,19 +113,17 @@ class Runner:
         started = time.perf_counter()
         logits = self.policy.run([row.sequence for row in rows])
         based = time.perf_counter()
-        candidates = top_candidates(logits, batch)
+        candidates = self._finite(rows, top_candidates(logits, batch))
         ranked = time.perf_counter()
         scores = self._score(rows, candidates)
         scored = time.perf_counter()
         positions = torch.tensor([len(r.sequence) for r in rows], device=logits.device)
         step = sample(logits, candidates, scores, batch, positions)
-        chosen = scores.tolist() if any(row.weights for row in rows) else None
+        composed = scores.tolist() if any(row.weights for row in rows) else []
         values: list[float | None] = []
         for i, row in enumerate(rows):
-            source = step.sources[i]
-            known = chosen is not None and bool(row.weights) and source >= 0
-            known = known and source < row.parameters.k
-            values.append(chosen[i][source] if known and chosen is not None else None)
+            known = bool(row.weights) and step.sources[i] >= 0
+            values.append(composed[i][step.sources[i]] if known else None)
             if row.error is None:
                 row.append(step.tokens[i])
         ended = time.perf_counter()
@@ -133,6 +131,24 @@ class Runner:
         self.seconds["scorer"] += scored - ranked
         self.seconds["rule"] += (ranked - based) + (ended - scored)
         return step, values
+
+    def _finite(self, rows: list[Row], candidates: Candidates) -> Candidates:
+        """Fail rows whose logits are NaN or infinite, and put harmless values in their place."""
+        good = torch.isfinite(candidates.lse)
+        if bool(good.all()):
+            return candidates
+        for i in torch.nonzero(~good)[:, 0].tolist():
+            rows[i].error = (
+                f"the model gave logits that are not finite at step {rows[i].steps}; "
+                "try another dtype, such as bfloat16 or float32"
+            )
+        certain = torch.full_like(candidates.values, float("-inf"))
+        certain[:, 0] = 0.0  # token 0, and nothing else
+        return Candidates(
+            torch.where(good[:, None], candidates.values, certain),
+            torch.where(good[:, None], candidates.ids, torch.zeros_like(candidates.ids)),
+            torch.where(good, candidates.lse, torch.zeros_like(candidates.lse)),
+        )
 
     def _row_batch(self, rows: list[Row]) -> RowBatch:
         if self._batch is None or self._batch[0] != rows:
@@ -156,7 +172,7 @@ class Runner:
                 continue
             wanted = [ids[i][: rows[i].parameters.k] for i in users]
             for i, result in self._score_rows(name, scorer, rows, users, wanted):
-                total[i, : len(result)] += rows[i].weights[name] * result.double()
+                total[i, : len(result)] += rows[i].weights[name] * result.to(total)
         return total
 
     def _score_rows(
@@ -165,27 +181,25 @@ class Runner:
         """Each user's scores; a row whose scores cannot be had or are not finite fails alone."""
         try:
             results = scorer.score([rows[i].states[name] for i in users], wanted)
-        except ValueError as error:
-            if len(users) == 1:
-                rows[
-                    users[0]
-                ].error = f"guide {name!r} failed at step {rows[users[0]].steps}: {error}"
-                return []
-            return [
-                pair
-                for i, ids in zip(users, wanted, strict=True)
-                for pair in self._score_rows(name, scorer, rows, [i], [ids])
-            ]
-        finite = torch.stack([torch.isfinite(r).all() for r in results]).tolist()
+            finite = [bool(torch.isfinite(result).all()) for result in results]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if len(users) > 1:  # find the culprit: the others go on
+                each = zip(users, wanted, strict=True)
+                return [
+                    p for i, ids in each for p in self._score_rows(name, scorer, rows, [i], [ids])
+                ]
+            row = rows[users[0]]
+            what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            row.error = f"guide {name!r} failed at step {row.steps}: {what}"
+            return []
         kept = []
         for i, result, good in zip(users, results, finite, strict=True):
             if good:
                 kept.append((i, result))
-            else:
-                bad = float(result[~torch.isfinite(result)][0])
-                rows[
-                    i
-                ].error = (
-                    f"guide {name!r} gave {bad} at step {rows[i].steps}; allowed are finite scores"
-                )
+                continue
+            bad = float(result[~torch.isfinite(result)][0])
+            row = rows[i]
+            row.error = f"guide {name!r} gave {bad} at step {row.steps}; allowed are finite scores"
         return kept

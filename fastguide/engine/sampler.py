@@ -24,7 +24,7 @@ class RowBatch:
     inv_temperature: Tensor
     seed: Tensor
     width: int
-    """Columns to extract: the largest k, and one more where the mode can lie past it."""
+    """Columns to extract: the largest k, and one more, which bounds what lies past it."""
 
     @classmethod
     def build(
@@ -49,7 +49,7 @@ class RowBatch:
             greedy=column([r.greedy for r in rows], torch.bool),
             inv_temperature=column([r.inv_temperature for r in rows], torch.float32),
             seed=column(list(seeds), torch.int64),
-            width=max(r.k + (r.greedy and r.fill == reference.FILL_NONE) for r in rows),
+            width=max(r.k for r in rows) + 1,
         )
 
 
@@ -108,6 +108,7 @@ def sample(
         greedy=batch.greedy,
         seed=batch.seed,
         position=positions,
+        vocab=logits.shape[1],
     )
     token, logprob, base_logprob = drawn.token, drawn.logprob, drawn.base_logprob
     rows = torch.nonzero(token < 0)[:, 0]
@@ -117,7 +118,7 @@ def sample(
         )
         token[rows] = found
         logprob[rows] = (z - drawn.normaliser[rows]).float()
-        base_logprob[rows] = (z - candidates.lse.double()[rows]).float()
+        base_logprob[rows] = (z - candidates.lse[rows]).float()
     return Step(
         token.tolist(),
         drawn.source.tolist(),

@@ -18,35 +18,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: texts get the tokenizer's special tokens, chats its template.
 
     Raises:
-        ValueError: for an empty prompt, ids outside the vocabulary, or a chat where the
-            tokenizer has no template.
+        ValueError: for a prompt that is empty or of another kind, or a chat where the tokenizer
+            has no template.
     """
     if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("the prompt is empty; allowed is a text of one token or more")
-        return list(tokenizer(prompt)["input_ids"])
-    items: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [prompt]
-    if not items:
-        raise ValueError("the prompt is empty; allowed is one token or message or more")
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-        bad = [i for i in items if not 0 <= i < len(tokenizer)]
-        if bad:
+        tokens = list(tokenizer(prompt)["input_ids"]) if prompt else []
+    else:
+        items: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [prompt]
+        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+            tokens = items
+        elif all(
+            isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items
+        ):
+            tokens = _encode_chat(tokenizer, items)
+        else:
             raise ValueError(
-                f"the prompt has token id {bad[0]}; allowed are 0 to {len(tokenizer) - 1}"
+                f"the prompt is {prompt!r:.80}; allowed are a text, a list of token ids, or chat "
+                "messages with 'role' and 'content'"
             )
-        return items
-    if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items):
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the prompt is a chat, but the tokenizer has no chat template; use a text"
-            )
-        ids = tokenizer.apply_chat_template(
-            items, add_generation_prompt=True, tokenize=True, return_dict=False
+    if not tokens:
+        raise ValueError("the prompt is empty; allowed is one token or more")
+    return tokens
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Any]) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ValueError("the prompt is a chat, but the tokenizer has no chat template; use a text")
+    return list(
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
-        return list(ids)
-    raise ValueError(
-        f"the prompt is {prompt!r:.80}; allowed are a text, a list of token ids, or chat messages "
-        "with 'role' and 'content'"
     )
 
 

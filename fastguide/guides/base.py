@@ -21,6 +21,7 @@ class LoadContext:
         dtype: of weights and caches; None keeps each checkpoint's.
         trust_remote_code: run code shipped with checkpoints.
         allow_pickle: also load weights that are not safetensors.
+        vocabulary: how many token ids the policy can give; None is taken from the tokenizer.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ class LoadContext:
     dtype: torch.dtype | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    vocabulary: int | None = None
 
 
 class Guide(Protocol):
@@ -67,9 +69,12 @@ def check_tokenizer(
             f"guide {name!r} has another tokenizer than the policy: {len(other)} tokens against "
             f"{len(policy)}, {differing} of the policy's differ; allowed is the same tokenizer"
         )
-    largest = max(policy.values())
-    if guide_vocab <= largest:
+    # Embeddings may be padded past the tokenizer's ids, or end before its unused ones.
+    needed = max(policy.values()) + 1
+    if context.vocabulary is not None:
+        needed = min(needed, context.vocabulary)
+    if guide_vocab < needed:
         raise ValueError(
-            f"guide {name!r} has {guide_vocab} token embeddings, but the policy's tokenizer gives "
-            f"ids up to {largest}; allowed is the same tokenizer"
+            f"guide {name!r} has {guide_vocab} token embeddings, but the policy gives ids up to "
+            f"{needed - 1}; allowed is the same tokenizer"
         )

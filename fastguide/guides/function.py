@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastguide.guides.base import LoadContext
-from fastguide.scorer import Candidate
+from fastguide.scorer import Candidate, branch_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class FunctionScorer:
             ValueError: if the function raises or returns something that is not a number each.
         """
         inputs: list[Any] = [
-            [*state.tokens, *([c] if isinstance(c, int) else c)]
+            [*state.tokens, *branch_of(c)]
             for state, row in zip(states, candidates, strict=True)
             for c in row
         ]

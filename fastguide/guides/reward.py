@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -56,15 +57,16 @@ class RewardGuide:
                 f"reward guide {str(self.path)!r} is a {type(model).__name__}, whose head is not a "
                 "linear `score` on the last hidden state; allowed are decoder classifiers"
             )
-        tokenizer = find_tokenizer(resolve(self.path))
+        tokenizer = find_tokenizer(resolve(self.path), trust_remote_code=context.trust_remote_code)
         check_tokenizer(
             str(self.path), tokenizer, model.config.get_text_config().vocab_size, context
         )
 
-        def score(hidden: Tensor) -> Tensor:
-            scores: Tensor = head(hidden)
-            return scores
+        weight = head.weight.float()  # scores in fp32: bf16 ties candidates that differ
+        bias = None if head.bias is None else head.bias.float()
 
-        return TreeScorer(
-            Decoder(cast(PreTrainedModel, model.base_model), context_length(model.config)), score
-        )
+        def score(hidden: Tensor) -> Tensor:
+            return F.linear(hidden.float(), weight, bias)
+
+        backbone = cast(PreTrainedModel, model.base_model)
+        return TreeScorer(Decoder(backbone, context_length(model.config)), score)

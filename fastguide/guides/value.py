@@ -50,7 +50,13 @@ class ValueGuide:
         backbone = cast(PreTrainedModel, model.backbone.requires_grad_(False))
         check_config(backbone.config)
         check_model(backbone)
-        tokenizer = find_tokenizer(resolve(self.path), backbone.config.name_or_path)
+        # A guide with full weights may hold no tokenizer: then its base model's is meant.
+        tokenizer = find_tokenizer(
+            resolve(self.path),
+            backbone.config.name_or_path,
+            model.base_path(resolve(self.path)),
+            trust_remote_code=context.trust_remote_code,
+        )
         check_tokenizer(
             str(self.path), tokenizer, backbone.config.get_text_config().vocab_size, context
         )

@@ -54,11 +54,12 @@ class GuidedLogitsProcessor(LogitsProcessor):
             device: of the guides.
             dtype: of the guides; None keeps each checkpoint's.
         """
-        context = LoadContext(tokenizer, torch.device(device), dtype)
+        context = LoadContext(tokenizer, torch.device(device), dtype=dtype)
         self.scorers = {name: guide.load(context) for name, guide in guides.items()}
-        self.weights = dict.fromkeys(guides, 1.0) if weights is None else dict(weights)
-        if unknown := self.weights.keys() - guides.keys():
+        given = dict.fromkeys(guides, 1.0) if weights is None else dict(weights)
+        if unknown := given.keys() - guides.keys():
             raise ValueError(f"unknown guide {min(unknown)!r}; allowed are {', '.join(guides)}")
+        self.weights = given if rule.guided else {}
         self.row = rule.lower(temperature)
         self._states: dict[str, list[State]] = {name: [] for name in guides}
         self.reset(attention_mask)
@@ -70,23 +71,41 @@ class GuidedLogitsProcessor(LogitsProcessor):
         self._padding = None if attention_mask is None else (attention_mask == 0).sum(-1).tolist()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Guided logits ``[B, V]`` for the next token of each row ``[B, T]``."""
-        row, count = self.row, scores.shape[0]
+        """Guided logits ``[B, V]`` for the next token of each row ``[B, T]``.
+
+        Raises:
+            ValueError: for k above V, or a guide whose scores are not finite.
+        """
+        row, (count, vocab) = self.row, scores.shape
+        if row.k > vocab:
+            raise ValueError(f"k is {row.k}; allowed are 1 to {vocab} (vocabulary)")
+        if not self.weights:
+            return scores
         padding = self._padding or [0] * count
         tokens = [
             ids[padding[i * len(padding) // count] :] for i, ids in enumerate(input_ids.tolist())
         ]
         inverse = torch.full((count,), row.inv_temperature, device=scores.device)
-        z, ids, _ = dispatch.topk_logsumexp(scores.float(), min(row.k, scores.shape[1]), inverse)
+        z, ids, _ = dispatch.topk_logsumexp(scores.float(), row.k, inverse)
         candidates = ids.tolist()
-        total = torch.zeros_like(z)
+        total = torch.zeros_like(z, dtype=torch.float64)
         for name, weight in self.weights.items():
             states = follow(self.scorers[name], self._states[name], tokens)
             self._states[name] = states
-            found = self.scorers[name].score(states, candidates)
-            total += weight * torch.stack(found).to(total)
-        if row.fill == reference.FILL_MEAN:
-            total -= total.mean(-1, keepdim=True)
-        guided = (row.scale * z + row.weight * total) / row.inv_temperature
+            found = torch.stack(self.scorers[name].score(states, candidates)).to(total)
+            if not bool(torch.isfinite(found).all()):
+                at = int((~torch.isfinite(found)).any(-1).nonzero()[0])
+                raise ValueError(
+                    f"guide {name!r} gave scores that are not finite for row {at} at token "
+                    f"{len(tokens[at])}; allowed are finite scores"
+                )
+            total += weight * found
+        guided = reference.guided_values(
+            z.double(),
+            total,
+            scale=torch.full_like(total[:, 0], row.scale),
+            weight=torch.full_like(total[:, 0], row.weight),
+            fill=torch.full_like(ids[:, 0], row.fill),
+        )
         base = torch.full_like(scores, float("-inf")) if row.fill == reference.FILL_DROP else scores
-        return base.scatter(1, ids.long(), guided.to(scores.dtype))
+        return base.scatter(1, ids.long(), (guided / row.inv_temperature).to(scores.dtype))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequences
+import contextlib
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastguide.cache import KVPool, Sequence
+from fastguide.cache import CachedSequence, KVPool
 from fastguide.kernels.reference import TreeLayout
 from fastguide.models.attention import AttentionPlan
 
@@ -27,7 +28,7 @@ Branch = tuple[int, ...]
 class _Rows(NamedTuple):
     """The rows of one sequence in a pass: a chain of pending tokens, then branches off its end."""
 
-    sequence: Sequence
+    sequence: CachedSequence
     chain: list[int]
     branches: list[Branch]
     slots: np.ndarray
@@ -78,8 +79,8 @@ _CAUSAL = np.tri(PREFILL_CHUNK, dtype=bool)
 class Decoder:
     """A transformers model, loaded with fastguide's attention, and its KV pool.
 
-    The only class that calls a model. What a pass returns is up to ``head``: logits for a
-    policy, scalars for a guide.
+    The only class that calls a model. A pass returns logits for a causal LM, hidden states for a
+    bare backbone.
     """
 
     def __init__(self, model: PreTrainedModel, context: int | None = None) -> None:
@@ -95,28 +96,31 @@ class Decoder:
         self.device = model.device
         self._is_lm = model.get_output_embeddings() is not None
 
-    def open(self, tokens: Sequences[int]) -> Sequence:
+    def open(self, tokens: Sequence[int]) -> CachedSequence:
         """A new sequence; nothing is computed until it is first run."""
-        return Sequence(self.pool, list(tokens))
+        return CachedSequence(self.pool, list(tokens))
 
-    def prefill(self, sequences: Sequences[Sequence], keep: int = 0) -> None:
+    def prefill(self, sequences: Sequence[CachedSequence], keep: int = 0) -> None:
         """Compute pending tokens in chunks, all but the last ``keep`` of each sequence."""
         while True:
             batch: list[_Rows] = []
             room = PASS_TOKENS
-            for sequence in sequences:
-                todo = sequence.pending
-                todo = todo[: max(0, len(todo) - keep)]
-                todo = todo[: min(PREFILL_CHUNK, room)]
-                if todo:
-                    batch.append(_Rows(sequence, todo, [], self.pool.take(len(todo))))
-                    room -= len(todo)
-            if not batch:
-                return
-            self._run(batch, outputs=False)
+            with self._owning(batch):
+                for sequence in sequences:
+                    todo = sequence.pending
+                    todo = todo[: max(0, len(todo) - keep)][: min(PREFILL_CHUNK, room)]
+                    if todo:
+                        batch.append(_Rows(sequence, todo, [], self.pool.take(len(todo))))
+                        room -= len(todo)
+                if not batch:
+                    return
+                self._forward(batch, outputs=False)
+            _commit(batch)
 
     def run(
-        self, sequences: Sequences[Sequence], branches: Sequences[Sequences[Branch]] | None = None
+        self,
+        sequences: Sequence[CachedSequence],
+        branches: Sequence[Sequence[Branch]] | None = None,
     ) -> Tensor:
         """One forward pass over the pending tokens of all sequences and over their branches.
 
@@ -128,39 +132,34 @@ class Decoder:
             branches: per sequence, the continuations to run: tuples of one or more tokens.
 
         Returns:
-            ``[n, ...]``: the model's output (see ``head``) at the last token of every branch, in
-            order; without branches at the last token of every sequence.
+            ``[n, V]`` logits or ``[n, hidden]`` hidden states at the last token of every branch,
+            in order; without branches at the last token of every sequence.
         """
         self.prefill([s for s in sequences if len(s.pending) > PREFILL_CHUNK], keep=PREFILL_CHUNK)
-        batch = []
-        for i, sequence in enumerate(sequences):
-            sequence.drop_branches()
-            ends = [tuple(b) for b in branches[i]] if branches is not None else []
-            chain = sequence.pending
-            count = len(chain) + sum(map(len, ends))
-            batch.append(_Rows(sequence, chain, ends, self.pool.take(count)))
-        return self._run(batch, outputs=True)
+        batch: list[_Rows] = []
+        with self._owning(batch):
+            for i, sequence in enumerate(sequences):
+                sequence.drop_branches()
+                ends = [tuple(b) for b in branches[i]] if branches is not None else []
+                chain = sequence.pending
+                assert chain or ends, "a sequence needs a pending token or a branch to run"
+                count = len(chain) + sum(map(len, ends))
+                batch.append(_Rows(sequence, chain, ends, self.pool.take(count)))
+            result = self._forward(batch, outputs=True)
+        _commit(batch)
+        return result
 
-    @torch.inference_mode()
-    def _run(self, batch: list[_Rows], outputs: bool) -> Tensor:
+    @contextlib.contextmanager
+    def _owning(self, batch: list[_Rows]) -> Iterator[None]:
+        """Give the slots of ``batch`` back if what follows fails or is interrupted."""
         try:
-            result = self._forward(batch, outputs)
+            yield
         except BaseException:
             for rows in batch:
                 self.pool.slots.release(rows.slots)
             raise
-        for sequence, chain, branches, slots in batch:
-            sequence.commit(slots[: len(chain)])
-            start = len(chain)
-            for branch in branches:
-                own = slots[start : start + len(branch)]
-                if branch in sequence.branches:  # the same continuation twice: keep the first
-                    self.pool.slots.release(own)
-                else:
-                    sequence.branches[branch] = own
-                start += len(branch)
-        return result
 
+    @torch.inference_mode()
     def _forward(self, batch: list[_Rows], outputs: bool) -> Tensor:
         tokens = [token for rows in batch for token in rows.tokens]
         positions = [rows.positions for rows in batch]
@@ -183,6 +182,20 @@ class Decoder:
         return hidden if len(keep) == len(tokens) else hidden.index_select(0, index)
 
 
+def _commit(batch: list[_Rows]) -> None:
+    """Hand the slots of a pass over: chains to their sequences, branches to scratch."""
+    for sequence, chain, branches, slots in batch:
+        sequence.commit(slots[: len(chain)])
+        start = len(chain)
+        for branch in branches:
+            own = slots[start : start + len(branch)]
+            if branch in sequence.branches:  # the same continuation twice: keep the first
+                sequence.pool.slots.release(own)
+            else:
+                sequence.branches[branch] = own
+            start += len(branch)
+
+
 def _layout(
     batch: list[_Rows], positions: list[np.ndarray], starts: np.ndarray, device: torch.device
 ) -> TreeLayout:
@@ -203,7 +216,8 @@ def _layout(
         rows_index[i, :n] = np.arange(starts[i], starts[i] + n)
         valid[i, :n] = True
         row_positions[i, :n] = positions[i]
-        slots[i, :p], slots[i, p : p + n] = prefix, rows.slots
+        # Padding points at a slot of the row's own: 0 * NaN is NaN, also behind a mask.
+        slots[i], slots[i, :p], slots[i, p : p + n] = rows.slots[0], prefix, rows.slots
         slot_positions[i, :p], slot_positions[i, p : p + n] = np.arange(p), positions[i]
         visible[i, :n, :p] = True
         visible[i, :n, p : p + n] = rows.visible()

@@ -51,8 +51,11 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}; allowed are cpu, cuda and cuda:N") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but this machine has no CUDA device; use cpu")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; allowed are cpu, cuda and cuda:N")
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        raise ValueError(f"device is {device!r}, but this machine has {count} CUDA devices")
     return chosen
 
 
@@ -152,11 +155,13 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400]
 
 
-def find_tokenizer(*paths: str | None) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(
+    *paths: str | None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the first path that has one; None if none has."""
     for path in filter(None, paths):
         try:
-            return load_tokenizer(path)
+            return load_tokenizer(path, trust_remote_code=trust_remote_code)
         except ValueError:
             continue
     return None

@@ -18,6 +18,10 @@ VERIFIED = frozenset(
     "olmo2 granite smollm3 cohere".split()
 )
 
+_LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
+"""Rotary types whose angles depend on the longest sequence seen so far: a key that is in the cache
+would have to turn when its sequence, or a neighbour's in the same pass, grows."""
+
 _LAYERS = frozenset({"full_attention", "sliding_attention"})
 _TRIAL_TOKENS = 12
 
@@ -47,6 +51,9 @@ def check_config(config: PreTrainedConfig) -> None:
         refuse("bidirectional attention", "allowed is causal attention")
     if getattr(text, "num_kv_shared_layers", 0):
         refuse("layers that share keys and values", "allowed is one cache per layer")
+    rotary = _rope_types(getattr(text, "rope_parameters", None)) & _LENGTH_DEPENDENT
+    if rotary:
+        refuse(f"{min(rotary)} rotary positions", "allowed are types that do not depend on length")
     window = (
         getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     )
@@ -55,6 +62,14 @@ def check_config(config: PreTrainedConfig) -> None:
             f"a sliding window of {window}",
             f"sliding windows are verified for {', '.join(sorted(VERIFIED))}",
         )
+
+
+def _rope_types(parameters: object) -> set[str]:
+    """All rotary types in a config's ``rope_parameters``, per layer type or for all layers."""
+    if not isinstance(parameters, dict):
+        return set()
+    own = {str(parameters["rope_type"])} if parameters.get("rope_type") else set()
+    return own.union(*map(_rope_types, parameters.values()))
 
 
 def check_model(model: PreTrainedModel) -> None:

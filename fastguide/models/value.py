@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from fastguide.assets import resolve
 from fastguide.models.guide_config import GuideConfig, RewardScale
+from fastguide.models.loading import load_config, one_line
 
 __all__ = ["GuideConfig", "RewardScale", "ScalarHead", "ValueModel"]
 
@@ -121,6 +122,10 @@ class ValueModel(nn.Module):
         model = cls(backbone, ScalarHead(hidden_size), config or GuideConfig(base_model=where))
         return model.to(device) if device is not None else model
 
+    def base_path(self, folder: str | Path) -> str:
+        """Where the guide in ``folder`` says that its base model is: a path or a hub id."""
+        return _base_path(self.config.base_model, Path(folder))
+
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype | None = None, base_model: str | None = None
     ) -> None:
@@ -210,7 +215,7 @@ def _local_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, ignore_patterns=["*.md"]))
     except (OSError, HFValidationError) as error:
-        reason = _first_line(error)
+        reason = one_line(error)
         raise ValueError(
             f"no guide at {path!r}, neither a folder nor on the hub: {reason}"
         ) from error
@@ -238,20 +243,22 @@ def _load_backbone(
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
         )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"cannot load the weights of {source!r}: {_first_line(error)}") from error
+    except Exception as error:
+        raise ValueError(f"cannot load the weights of {source!r}: {one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"the weights of {source!r} lack {len(missing)} tensors: {missing[:3]}")
     return model
 
 
 def _stored_dtype(source: str, trust_remote_code: bool) -> torch.dtype:
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = load_config(source, trust_remote_code=trust_remote_code)
     return getattr(config, "dtype", None) or torch.float32
 
 
 def _hidden_size(backbone: Any) -> int:
-    return int(backbone.config.get_text_config().hidden_size)
+    config = backbone.config.get_text_config()
+    # OPT projects its last hidden state to the width of its embeddings.
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
 def _with_lora(backbone: nn.Module, lora: Any) -> Any:
@@ -269,7 +276,7 @@ def _add_adapter(backbone: nn.Module, folder: Path) -> nn.Module:
     try:
         lora = LoraConfig.from_pretrained(str(folder))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / ADAPTER_CONFIG_FILE}: {_first_line(error)}") from error
+        raise ValueError(f"{folder / ADAPTER_CONFIG_FILE}: {one_line(error)}") from error
     lora.base_model_name_or_path = None  # the base is given, wherever it lies
     model = _with_lora(backbone, lora)
     _load_state(model, folder / ADAPTER_FILE)
@@ -285,7 +292,7 @@ def _load_state(module: nn.Module, file: Path) -> None:
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is corrupt: {_first_line(error)}") from error
+        raise ValueError(f"{file} is corrupt: {one_line(error)}") from error
     is_lora = isinstance(module, PeftModel)
     wanted = get_peft_model_state_dict(module) if is_lora else module.state_dict()
     if odd := sorted(set(wanted) ^ set(state)):
@@ -300,7 +307,3 @@ def _load_state(module: nn.Module, file: Path) -> None:
         set_peft_model_state_dict(module, state)
     else:
         module.load_state_dict(state)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

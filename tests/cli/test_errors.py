@@ -116,7 +116,10 @@ def test_one_bad_prompt_is_a_json_line_too(run):
 
 
 def test_exit_codes_of_a_process(start):
-    for arguments, code in ((["--version"], 0), (["generate", "x", "--beta", "2"], 2)):
+    for arguments, code in (
+        (["--version"], 0),
+        (["generate", "x", "--rule", "none", "--beta", "2"], 2),
+    ):
         process = start(*arguments)
         process.communicate(timeout=120)
         assert process.returncode == code

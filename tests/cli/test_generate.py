@@ -135,3 +135,21 @@ def test_output_goes_to_a_file(run, tmp_path):
 def test_dtypes(run):
     for dtype in ("float32", "bfloat16"):
         assert records(run("generate", "Once", "--dtype", dtype, *SHORT, "--json"))
+
+
+def test_a_strength_without_guides_uses_the_packaged_ones(run):
+    words = ("generate", "Once upon a time", *SHORT, "--json", "--beta", 4)
+    (default,) = records(run(*words))
+    (named,) = records(run(*words, "--guide", "cheerful", "--guide", "brief"))
+    assert default["mean_score"] is not None
+    assert default["mean_score"] == named["mean_score"]
+
+
+def test_old_results_outlive_a_mistake(run, tmp_path):
+    file = tmp_path / "out.txt"
+    file.write_text("old", encoding="utf-8")
+    words = ("generate", "One day", *SHORT, "--output", file)
+    assert run(*words, "--model", "./nowhere").exit_code != 0
+    assert file.read_text(encoding="utf-8") == "old"
+    assert run(*words).exit_code == 0
+    assert "old" not in file.read_text(encoding="utf-8")

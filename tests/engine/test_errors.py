@@ -35,11 +35,11 @@ SHORT = SamplingParams(max_tokens=3, seed=0)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: VAS(beta=math.nan), "beta is nan; allowed are finite numbers"),
+        (lambda: VAS(beta=math.nan), "beta is nan; allowed are numbers from -1e6 to 1e6"),
         (lambda: VAS(k=0), "k is 0; allowed are whole numbers from 1 to 256"),
         (lambda: VAS(k=257), "k is 257; allowed are whole numbers from 1 to 256"),
         (lambda: VAS(fill="zero"), "fill is 'zero'; allowed are mean, none, drop"),
-        (lambda: ARGS(weight=math.inf), "weight is inf; allowed are finite numbers"),
+        (lambda: ARGS(weight=math.inf), "weight is inf; allowed are numbers from -1e6 to 1e6"),
         (lambda: ARGS(form="other"), "form is 'other'; allowed are additive, interpolated"),
         (lambda: ARGS(1.5, form="interpolated"), "weight is 1.5; allowed when interpolated"),
         (lambda: Plain(k=-1), "k is -1"),

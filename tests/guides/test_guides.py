@@ -77,6 +77,54 @@ def test_reward_guides_score_each_candidates_own_row(
     assert not torch.allclose(found[1], pooled[1], atol=1e-3)  # the trap is real here
 
 
+def test_reward_scores_are_not_rounded_to_the_models_dtype(
+    reward_folder: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    scorer = RewardGuide(reward_folder).load(context(tokenizer, torch.bfloat16))
+    (found,) = scorer.score([scorer.open([5, 6])], [list(range(40))])
+    assert (found != found.bfloat16().float()).any()
+
+
+def test_value_models_on_projected_hidden_states(tmp_path: Path) -> None:
+    """OPT's last hidden state has the width of its embeddings, not of its layers."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        max_position_embeddings=64,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    assert ValueModel.create(tmp_path, lora_rank=2)(torch.tensor([[5, 6, 7]])).shape == (1, 3)
+
+
+def test_a_full_guide_of_another_tokenizer_of_the_same_size_is_refused(
+    stories: str, full_guide: str, tmp_path: Path
+) -> None:
+    """The guide's own folder holds no tokenizer: its base model's counts."""
+    import json
+    import shutil
+
+    base, guide = tmp_path / "base", tmp_path / "guide"
+    shutil.copytree(stories, base)
+    shutil.copytree(full_guide, guide)
+    file = base / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    vocab = data["model"]["vocab"]
+    a, b = sorted(vocab, key=vocab.__getitem__)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    file.write_text(json.dumps(data), encoding="utf-8")
+    settings = guide / "guide_config.json"
+    config = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps(config | {"base_model": str(base)}), encoding="utf-8")
+    with pytest.raises(ValueError, match="2 of the policy's differ"):
+        Engine(stories, guides={"g": ValueGuide(guide)})
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "mistral"])
 def test_reward_guides_of_other_architectures(
     kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastguide import ARGS, VAS, Engine, Plain, SamplingParams, ValueGuide
+from fastguide import ARGS, VAS, Engine, FunctionGuide, Plain, SamplingParams, ValueGuide
 from fastguide.config import Rule
 from fastguide.integrations.transformers import GuidedLogitsProcessor
 
@@ -108,3 +108,18 @@ def test_unknown_names_and_plain_rules(stories: str, lora_guide: str) -> None:
     logits = torch.randn(1, 2048)
     same = processor(lora_guide, stories, Plain(), 0.0)(torch.tensor([[0, 5]]), logits)
     assert torch.allclose(same, logits)
+
+
+def test_scores_that_are_not_finite_name_guide_and_row(stories: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+
+    def score(tokens: list[int]) -> float:
+        return float("nan") if tokens[0] == 9 else 0.0
+
+    guided = GuidedLogitsProcessor(
+        {"odd": FunctionGuide(score, on="tokens")}, VAS(k=3), tokenizer=tokenizer
+    )
+    with pytest.raises(ValueError, match="guide 'odd' gave scores that are not finite for row 1"):
+        guided(torch.tensor([[5, 6], [9, 6]]), torch.randn(2, 2048))
+    with pytest.raises(ValueError, match=r"k is 3; allowed are 1 to 2 \(vocabulary\)"):
+        guided(torch.tensor([[5, 6]]), torch.randn(1, 2))

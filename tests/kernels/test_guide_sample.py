@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from fastguide.config import ARGS, VAS, Plain, Rule
-from fastguide.kernels import reference
+from fastguide.kernels import dispatch, native, reference
 
 VOCAB = 40
 
@@ -35,11 +35,11 @@ def run(
     def full(value: float, dtype: torch.dtype) -> Tensor:
         return torch.full((rows,), value, dtype=dtype)
 
-    inverse = full(row.inv_temperature, torch.float64)
-    width = min(row.k + row.greedy, logits.shape[1])
+    inverse = full(row.inv_temperature, torch.promote_types(logits.dtype, torch.float32))
+    width = min(row.k + 1, logits.shape[1])
     values, ids, lse = reference.topk_logsumexp(logits, width, inverse)
     padded = torch.zeros_like(values)
-    padded[:, : row.k] = scores[:, : row.k]
+    padded[:, : row.k] = scores[:, : row.k].to(padded)
     count = full(row.k, torch.int64)
     out = reference.guide_sample(
         values,
@@ -53,6 +53,7 @@ def run(
         greedy=full(row.greedy, torch.bool),
         seed=seeds,
         position=full(position, torch.int64),
+        vocab=logits.shape[1],
     )
     token = out.token.clone()
     tail = torch.nonzero(token < 0)[:, 0]
@@ -148,6 +149,55 @@ def test_sampled_frequencies_match_the_definition(rule: Rule, temperature: float
         assert chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize(
+    ("top", "scores", "rule"),
+    [
+        ([28.0, 14.3, *[3.0] * 18], [-1.0, *[0.0] * 19], VAS(15.0, 20)),
+        ([20.0, 6.3, -30.0], [-1.0, 0.0, 0.0], VAS(40.0, 3, "none")),
+        ([20.0, 6.3, -30.0], [-1.0, 0.0, 0.0], VAS(40.0, 2)),
+        ([9.0, 8.5, 1.0], [-1.0, -0.9, 0.0], VAS(30.0, 3)),
+    ],
+)
+def test_a_forbidden_favourite_does_not_magnify_rounding(
+    top: list[float], scores: list[float], rule: VAS, impl: str
+) -> None:
+    """fp32 logits, a tail of next to no mass, and a guide that rules the likely tokens out."""
+    if impl == "native" and not native.available():
+        pytest.skip("the native extension is not built")
+    rows, vocab = 20_000, 40 if rule.k == 20 else 3
+    logits = torch.tensor([*top, *[-30.0] * (vocab - len(top))]).expand(rows, -1).contiguous()
+    values, ids, lse = dispatch.topk_logsumexp(
+        logits, min(rule.k + 1, vocab), torch.ones(rows), impl=impl
+    )
+    padded = torch.zeros_like(values)
+    padded[:, : rule.k] = torch.tensor(scores)[: rule.k]
+    row = rule.lower(1.0)
+    out = reference.guide_sample(
+        values,
+        ids,
+        lse,
+        padded,
+        count=torch.full((rows,), rule.k),
+        scale=torch.ones(rows),
+        weight=torch.full((rows,), row.weight),
+        fill=torch.full((rows,), row.fill),
+        greedy=torch.zeros(rows, dtype=torch.bool),
+        seed=torch.arange(rows),
+        position=torch.zeros(rows, dtype=torch.int64),
+        vocab=vocab,
+    )
+    guided = definition(logits[:1].double(), torch.tensor([scores]).double(), rule, 1.0)
+    base = torch.log_softmax(logits[:1].double(), -1)
+    kl = float((guided.exp() * (guided - base)).sum())
+    assert out.kl[0].item() == pytest.approx(kl, rel=1e-4)
+    inside = guided[0, : rule.k].exp().sum()
+    if inside > 1 - 1e-9:
+        assert (out.source >= 0).all()
+    counts = torch.bincount(out.token[out.source >= 0], minlength=vocab) / rows
+    assert torch.allclose(counts.double()[: rule.k], guided[0, : rule.k].exp(), atol=0.02)
+
+
 def test_zero_weight_draws_the_base_models_token_whatever_k_is() -> None:
     logits, seeds = logits_of(5000), torch.arange(5000)
     plain, _ = run(logits, scores_of(5000, 1), Plain(k=1), 0.9, seeds)
@@ -189,7 +239,7 @@ def test_greedy_takes_the_mode(rule: Rule) -> None:
 
 def test_rows_with_different_parameters_do_not_touch_each_other() -> None:
     rules: list[tuple[Rule, float]] = [(VAS(2.0, 3), 0.7), (ARGS(1.0, 6), 1.0), (Plain(2), 1.3)]
-    logits, scores, width = logits_of(3), scores_of(3, 6), 6
+    logits, scores, width = logits_of(3), scores_of(3, 7), 7
     seeds = torch.tensor([5, 6, 7])
     rows = [rule.lower(t) for rule, t in rules]
     inverse = torch.tensor([r.inv_temperature for r in rows], dtype=torch.float64)
@@ -206,6 +256,7 @@ def test_rows_with_different_parameters_do_not_touch_each_other() -> None:
         greedy=torch.tensor([r.greedy for r in rows]),
         seed=seeds,
         position=torch.full((3,), 3),
+        vocab=VOCAB,
     )
     for i, (rule, temperature) in enumerate(rules):
         alone, _ = run(logits[i : i + 1], scores[i : i + 1], rule, temperature, seeds[i : i + 1])

@@ -25,6 +25,27 @@ DECODER = SMALL | dict(intermediate_size=64, num_key_value_heads=2, head_dim=12)
         ("qwen3_next", DECODER, "linear_attention"),
         ("llama4_text", DECODER | dict(attention_chunk_size=8), "chunked_attention"),
         ("gemma3_text", DECODER | dict(use_bidirectional_attention=True), "bidirectional"),
+        (
+            "phi3",
+            DECODER
+            | dict(
+                pad_token_id=0,
+                original_max_position_embeddings=64,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 10_000.0,
+                    "short_factor": [1.0] * 6,
+                    "long_factor": [2.0] * 6,
+                },
+            ),
+            "longrope",
+        ),
+        (
+            "llama",
+            DECODER
+            | dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}),
+            "dynamic",
+        ),
         ("ministral", DECODER | dict(sliding_window=8), "sliding window of 8"),
     ],
 )
@@ -91,9 +112,7 @@ def test_unknown_dtypes(dtype: Any) -> None:
         loading.resolve_dtype(dtype)
 
 
-@pytest.mark.parametrize("device", ["warp", "cuda:99"])
+@pytest.mark.parametrize("device", ["warp", "meta", "mps:0", "cuda:99"])
 def test_unknown_devices(device: str) -> None:
-    if device.startswith("cuda") and torch.cuda.is_available():
-        pytest.skip("this machine has CUDA")
     with pytest.raises(ValueError, match=device):
         loading.resolve_device(device)

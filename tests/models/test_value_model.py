@@ -182,7 +182,9 @@ def test_packaged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.chdir(tmp_path)
     assert assets.resolve("cheerful") == str(assets.packaged("cheerful"))
     (tmp_path / "cheerful").mkdir()
-    assert assets.resolve("cheerful") == "cheerful"
+    assert assets.resolve("cheerful") == str(assets.packaged("cheerful"))  # a name, not a path
+    assert assets.resolve("./cheerful") == "./cheerful"
+    assert assets.resolve(Path("cheerful")) == "cheerful"
     assert assets.resolve("org/model") == "org/model"
     with pytest.raises(ValueError, match="no packaged model is called 'gloomy'"):
         assets.packaged("gloomy")
