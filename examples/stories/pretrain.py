@@ -80,6 +80,7 @@ def pretrain(
         if error < best:
             best = error
             state = {name: t.detach().bfloat16() for name, t in model.state_dict().items()}
+            del state["lm_head.weight"]  # it is the embedding
             model.config.dtype = torch.bfloat16
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)

@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from cards import write_cards
+from cards import write_base_card, write_guide_cards
 from pretrain import pretrain
 from prompts import read_stories, training_prompts
 
@@ -104,7 +104,7 @@ def main() -> None:
         import report
 
         _stage("report", lambda: report.run(options.data, assets, options.threads))
-    write_cards(assets)
+    write_guide_cards(assets)
 
 
 def make_base(options: argparse.Namespace, target: Path) -> None:
@@ -120,6 +120,7 @@ def make_base(options: argparse.Namespace, target: Path) -> None:
     for name in BASE_FILES:
         if (source / name).resolve() != (target / name).resolve():
             shutil.copyfile(source / name, target / name)
+    write_base_card(target, options.work / "pretrain.jsonl" if options.from_scratch else None)
 
 
 def make_rollouts(options: argparse.Namespace, base: Path) -> None:

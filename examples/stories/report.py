@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from cards import table, write_cards
+from cards import COLUMNS, table, write_guide_cards
 from prompts import heldout_prompts, read_stories
 
 import fastguide
@@ -41,6 +41,13 @@ BETAS = {
     "brief": (0.0, 1.0, 2.0, 4.0, 8.0, -1.0, -2.0),
 }
 MAX_TOKENS = {"cheerful": 128, "brief": 320}
+INTRODUCTION = f"""# The packaged guides on held-out prompts
+
+Made by `python examples/stories/report.py` from `stories.json`. Prompts: first sentences of 64
+validation stories, {SAMPLES} responses each, VAS with k = {CANDIDATES}, temperature {TEMPERATURE},
+up to {MAX_TOKENS["cheerful"]} tokens for cheerful and {MAX_TOKENS["brief"]} for brief. ± is a
+95 % interval. {COLUMNS}
+"""
 
 
 def run(data: Path, assets: Path, threads: int) -> None:
@@ -57,9 +64,8 @@ def run(data: Path, assets: Path, threads: int) -> None:
             record["points"][name][f"{beta:g}"] = measure(engine, name, beta, prompts, assets)
             _save(record)
             print(f"{name} at beta {beta:g}: done", flush=True)
-    TABLE.write_text(
-        "".join(f"## {name}\n\n{table(record, name)}\n" for name in BETAS), encoding="utf-8"
-    )
+    sections = [f"## {name}\n\n{table(record, name)}" for name in BETAS]
+    TABLE.write_text("\n".join([INTRODUCTION, *sections]), encoding="utf-8")
     print(TABLE.read_text(encoding="utf-8"))
 
 
@@ -155,7 +161,7 @@ def main() -> None:
     if not (options.data / "valid.txt").is_file():
         parser.error(f"missing: {options.data / 'valid.txt'} (see --data)")
     run(options.data, options.assets, options.threads)
-    write_cards(options.assets)
+    write_guide_cards(options.assets)
 
 
 if __name__ == "__main__":
