@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from fastguide.cli import options
 from fastguide.cli.arguments import parse_guides
-from fastguide.cli.live import progress
+from fastguide.cli.demo_view import Mean, Outcome, Setting, show
 from fastguide.cli.loading import load_engine
 from fastguide.config import VAS
 from fastguide.request import Completion, SamplingParams
@@ -29,15 +27,6 @@ SAMPLES = 8
 """Per prompt and setting; one of them is shown, all of them are in the averages."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One column of the demo: what it is called and how it weighs the guides."""
-
-    name: str
-    style: str
-    weights: dict[str, float]
-
-
 SETTINGS = (
     Setting("unguided", "white", {}),
     Setting("cheerful", "green", {"cheerful": 1.0}),
@@ -45,33 +34,6 @@ SETTINGS = (
     Setting("brief", "yellow", {"brief": 1.0}),
     Setting("cheerful + brief", "magenta", {"cheerful": 1.0, "brief": 1.0}),
 )
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean with the half width of its 95 % interval."""
-
-    value: float
-    margin: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        """Of independent values; no interval for a single one."""
-        spread = stdev(values) if len(values) > 1 else 0.0
-        return cls(fmean(values), 1.96 * spread / len(values) ** 0.5)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a setting gave: its completions and their averages."""
-
-    setting: Setting
-    completions: list[Completion]
-    cheerfulness: Mean
-    """In standard deviations of the unguided responses that the guide was trained on."""
-    tokens: Mean
-    kl: Mean
-    """Per response, in nats."""
 
 
 def demo(
@@ -82,7 +44,7 @@ def demo(
     seed: options.DemoSeed = 0,
 ) -> None:
     """Show the same stories unguided and steered, side by side."""
-    from fastguide.cli import demo_view
+    from fastguide.engine.progress import progress
 
     prompts = tuple(prompt or PROMPTS)
     rule = VAS(beta=beta)
@@ -90,14 +52,14 @@ def demo(
     engine = load_engine(None, parse_guides(["cheerful", "brief"]), dtype="float32")
     outcomes: list[Outcome] = []
     try:
-        with progress(len(SETTINGS)) as note:
+        with progress(len(SETTINGS), what="settings") as note:
             for i, setting in enumerate(SETTINGS):
-                note(i, f"writing: {setting.name}")
+                note(i)
                 outcomes.append(run(engine, setting, prompts, rule, sampling))
     except KeyboardInterrupt:
-        demo_view.show(prompts, outcomes, rule, sampling)
+        show(prompts, outcomes, rule, sampling)
         raise
-    demo_view.show(prompts, outcomes, rule, sampling)
+    show(prompts, outcomes, rule, sampling)
 
 
 def run(

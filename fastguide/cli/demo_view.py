@@ -6,7 +6,8 @@ import functools
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from rich import box
 from rich.console import Console
@@ -14,10 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastguide.config import VAS
-from fastguide.request import SamplingParams
-
-if TYPE_CHECKING:
-    from fastguide.cli.demo import Mean, Outcome
+from fastguide.request import Completion, SamplingParams
 
 WIDE = 130
 """Columns from which five stories stand beside each other; below they stand above each other."""
@@ -31,6 +29,42 @@ NEXT = (
     'fastguide generate "Tom had a red ball." --guide cheerful --rule args --weight 4 --k 10',
 )
 """What to try after the demo; a test runs them."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of the demo: what it is called and how it weighs the guides."""
+
+    name: str
+    style: str
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with the half width of its 95 % interval."""
+
+    value: float
+    margin: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """Of independent values; no interval for a single one."""
+        spread = stdev(values) if len(values) > 1 else 0.0
+        return cls(fmean(values), 1.96 * spread / len(values) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a setting gave: its completions and their averages."""
+
+    setting: Setting
+    completions: list[Completion]
+    cheerfulness: Mean
+    """In standard deviations of the unguided responses that the guide was trained on."""
+    tokens: Mean
+    kl: Mean
+    """Per response, in nats."""
 
 
 def show(

@@ -18,7 +18,6 @@ from fastguide.cli.arguments import (
     read_prompts,
     unescape,
 )
-from fastguide.cli.live import progress
 from fastguide.cli.loading import load_engine
 from fastguide.cli.output import Printer, opened
 from fastguide.config import Rule
@@ -99,13 +98,15 @@ def generate(
 
 
 def _complete(engine: Engine, job: Job, printer: Printer) -> None:
+    from fastguide.engine.progress import progress
+
     completions = engine.completions(list(job.prompts), job.rule, job.weights, job.sampling)
     total = len(job.prompts) * job.sampling.n
     try:
         with progress(total, wanted=total > 1 and not printer.on_terminal) as note:
             for completion in completions:
                 printer.add(completion)
-                note(printer.finished, "completions")
+                note(printer.finished)
     except KeyboardInterrupt as interrupt:
         # Where it came while one was printed, the engine has yet to hear of it.
         with contextlib.suppress(KeyboardInterrupt):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ import torch
 
 from fastguide.assets import names as packaged_names
 from fastguide.config import Rule
+from fastguide.engine.progress import progress as progress_bar
 from fastguide.engine.requests import Limits, Request, Sample, build_request, per_prompt
 from fastguide.engine.runner import Runner
 from fastguide.engine.scheduler import Scheduler
@@ -133,7 +132,7 @@ class Engine:
             sampling: per call or one per prompt.
             errors: ``raise``: finish every other request, then raise with all outputs attached;
                 ``return``: give failed requests as completions with ``finish_reason="error"``.
-            progress: a progress bar on standard error; None shows one for batches on terminals.
+            progress: a bar on standard error, where that is a terminal; None shows one for batches.
 
         Raises:
             GenerationError: a ``ValueError`` whose ``outputs`` holds what was finished.
@@ -143,11 +142,12 @@ class Engine:
             raise ValueError(f"errors is {errors!r}; allowed are raise, return")
         listed = as_prompts(prompts)
         done: list[Completion] = []
+        total = sum(getattr(s, "n", 1) for s in per_prompt("sampling", sampling, len(listed)))
         try:
-            with _progress(progress, len(listed), sampling) as advance:
+            with progress_bar(total, progress) as note:
                 for completion in self.completions(listed, rule, weights, sampling):
                     done.append(completion)
-                    advance()
+                    note(len(done))
         except KeyboardInterrupt as interrupt:
             raise GenerationInterrupt(done) from interrupt
         done.sort(key=lambda c: (c.prompt, c.sample))
@@ -326,35 +326,3 @@ class Engine:
             if ids is not None:
                 found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
         return frozenset(found)
-
-
-@contextlib.contextmanager
-def _progress(
-    wanted: bool | None,
-    prompts: int,
-    sampling: SamplingParams | Sequence[SamplingParams] | None,
-) -> Iterator[Callable[[], object]]:
-    """A callable that notes one finished completion, on a bar where one is wanted."""
-    per = (
-        sampling
-        if isinstance(sampling, (list, tuple))
-        else [sampling or SamplingParams()] * prompts
-    )
-    total = sum(getattr(s, "n", 1) for s in per)
-    show = sys.stderr.isatty() and total > 1 if wanted is None else wanted
-    if not show:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("completions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
