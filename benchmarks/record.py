@@ -29,7 +29,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Commit, device and versions."""
     here = Path(__file__).parent
 
@@ -37,12 +37,11 @@ def environment() -> dict[str, Any]:
         run = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
         return run.stdout.strip()
 
-    cuda = torch.cuda.is_available()
     return {
         "commit": git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": _cpu_name() if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
