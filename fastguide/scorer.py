@@ -136,9 +136,10 @@ class TreeScorer:
 
 def branch_of(candidate: Candidate) -> tuple[int, ...]:
     """The tokens of a candidate."""
-    if isinstance(candidate, SupportsIndex):  # int, numpy integer, one-element tensor
-        return (index(candidate),)
-    return tuple(map(index, candidate))
+    try:  # an int, a numpy integer or a tensor of one; arrays have __index__ too, and refuse it
+        return (index(candidate),)  # type: ignore[arg-type]
+    except TypeError:
+        return tuple(map(index, candidate))  # type: ignore[arg-type]
 
 
 def follow(scorer: Scorer, states: list[State], rows: Sequence[list[int]]) -> list[State]:

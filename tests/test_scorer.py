@@ -74,6 +74,10 @@ def test_candidates_of_numpy_and_torch(scorer: TreeScorer) -> None:
     (plain,) = scorer.score([state], [ids])
     for same in (np.array(ids), torch.tensor(ids)):
         assert torch.allclose(scorer.score([state], [same])[0], plain, atol=1e-6)  # type: ignore[list-item]
+    branches = [[3, 4], [9, 4]]
+    (plain,) = scorer.score([state], [branches])
+    for same in ([np.array(b) for b in branches], [torch.tensor(b) for b in branches]):
+        assert torch.allclose(scorer.score([state], [same])[0], plain, atol=1e-6)
     state.close()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import filecmp
 import shutil
 import sys
 import time
@@ -118,8 +119,9 @@ def make_base(options: argparse.Namespace, target: Path) -> None:
             (source / "done").touch()
     target.mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:
-        if (source / name).resolve() != (target / name).resolve():
-            shutil.copyfile(source / name, target / name)
+        new, old = source / name, target / name
+        if not (old.is_file() and filecmp.cmp(new, old, shallow=False)):
+            shutil.copyfile(new, old)
     write_base_card(target, options.work / "pretrain.jsonl" if options.from_scratch else None)
 
 
@@ -135,16 +137,17 @@ def make_rollouts(options: argparse.Namespace, base: Path) -> None:
         minutes = (time.perf_counter() - started) / 60
         print(f"  shard {done} of {of}, {minutes:.1f} min", flush=True)
 
-    policy = f"stories-{zlib.crc32((base / 'model.safetensors').read_bytes()):08x}"
+    policy = f"stories-{_checksum(base)}"
     collect(engine, prompts, options.work / "rollouts", ROLLOUTS, policy=policy, on_shard=on_shard)
 
 
 def make_guide(guide: Guide, rollouts: list[Rollout], options: argparse.Namespace) -> None:
     """Label, train and export one guide."""
-    folder = options.work / guide.name
-    if (folder / "done").is_file():
+    folder, base = options.work / guide.name, options.assets / "stories"
+    made_from = repr((guide, len(rollouts), _checksum(base)))
+    done = folder / "done"
+    if done.is_file() and done.read_text(encoding="utf-8") == made_from:
         return
-    base = options.assets / "stories"
     tokenizer = Engine(base, guides={}).tokenizer
 
     def decode(ids: tuple[int, ...]) -> str:
@@ -171,7 +174,7 @@ def make_guide(guide: Guide, rollouts: list[Rollout], options: argparse.Namespac
     model.config = dataclasses.replace(config, training=facts)
     target = options.assets / guide.name
     model.save_pretrained(target, dtype=torch.bfloat16, base_model="../stories")
-    (folder / "done").touch()
+    done.write_text(made_from, encoding="utf-8")
 
 
 def split(episodes: list[Episode]) -> tuple[list[Episode], list[Episode]]:
@@ -181,6 +184,10 @@ def split(episodes: list[Episode]) -> tuple[list[Episode], list[Episode]]:
         held = zlib.crc32(repr(episode.prompt_ids).encode()) % 20 == 0
         (valid if held else train).append(episode)
     return train, valid[:1000]
+
+
+def _checksum(base: Path) -> str:
+    return f"{zlib.crc32((base / 'model.safetensors').read_bytes()):08x}"
 
 
 def _stage(name: str, work) -> None:  # type: ignore[no-untyped-def]
