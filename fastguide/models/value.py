@@ -143,9 +143,11 @@ class ValueModel(nn.Module):
             return tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
 
         if isinstance(self.backbone, PeftModel):
-            lora = dataclasses.replace(self.backbone.peft_config["default"])
+            lora: Any = dataclasses.replace(self.backbone.peft_config["default"])
             lora.base_model_name_or_path = config.base_model
             lora.inference_mode = True
+            if isinstance(lora.target_modules, set):  # written in an order that does not change
+                lora.target_modules = sorted(lora.target_modules)
             lora.save_pretrained(str(target))
             state = get_peft_model_state_dict(self.backbone)
             adapter = {name: stored(t) for name, t in state.items()}
