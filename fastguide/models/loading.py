@@ -106,11 +106,15 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     """The transformers config of a checkpoint.
 
     Raises:
-        ValueError: when there is none or it cannot be read.
+        ValueError: when there is none, it cannot be read, or it is code and that is not trusted.
     """
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:
+        if "custom code" in str(error) and not trust_remote_code:
+            raise ValueError(
+                f"{str(path)!r} brings code of its own, which runs only with trust_remote_code"
+            ) from error
         raise ValueError(
             f"cannot read a model config from {str(path)!r}: {one_line(error)}"
         ) from error

@@ -255,3 +255,33 @@ def test_an_interrupt_of_the_caller_is_thrown_in(engine: Engine, streamed: bool)
     assert {c.finish_reason for c in done} == {"aborted"}
     assert all(c.token_ids for c in done)
     assert engine.runner.policy.pool.slots.in_use == 0
+
+
+def test_code_of_a_checkpoint_does_not_run_unless_asked_for(stories: str, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder, marker = tmp_path / "custom", tmp_path / "ran"
+    shutil.copytree(stories, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MineConfig"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "mine.py").write_text(
+        "from transformers import LlamaConfig\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        Engine(folder)
+    assert not marker.exists()
+    with pytest.raises(ValueError, match="MineConfig"):  # the config loads, no model knows it
+        Engine(folder, trust_remote_code=True)
+    assert marker.exists()
+
+
+def test_no_bar_where_there_is_no_terminal(
+    engine: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.generate([GOOD, GOOD], sampling=SHORT, progress=True)
+    assert capsys.readouterr().err == ""
