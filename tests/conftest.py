@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; read when the libraries are imported
 
 from fastguide.assets import packaged
 from fastguide.models.value import ValueModel
