@@ -100,11 +100,6 @@ class KVPool:
         """Keys and values of one layer, ``[capacity, H_kv, D]`` each."""
         return self._layers[layer]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all layers."""
-        return sum(t.nbytes for pair in self._layers.values() for t in pair)
-
     def _allocate(self, like: Tensor, old: Tensor | None) -> Tensor:
         new = like.new_zeros(self.slots.capacity, *like.shape[1:])
         if old is not None:

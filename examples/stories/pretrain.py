@@ -46,8 +46,7 @@ def pretrain(
 ) -> None:
     """Train on whole stories packed into rows of 256 tokens; AdamW, warm-up, cosine decay.
 
-    Writes model (bf16) and tokenizer into ``folder`` and a log beside it. About ten minutes for
-    ten epochs of a million tokens on two cores with bf16.
+    Writes model (bf16) and tokenizer into ``folder`` and a log beside it.
     """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(train)

@@ -53,38 +53,24 @@ class Guide:
     training: ValueConfig
 
 
+TRAINING = ValueConfig(
+    learning_rate=1e-3,
+    epochs=2,
+    batch_size=32,
+    ema=0.99,
+    bf16=True,
+    eval_every=180,
+    checkpoint_every=90,
+)
 GUIDES = (
+    Guide("cheerful", "cheerfulness", 128, lora_rank=16, attention="eager", training=TRAINING),
     Guide(
-        name="cheerful",
-        reward="cheerfulness",
-        max_tokens=128,
-        lora_rank=16,
-        attention="eager",
-        training=ValueConfig(
-            learning_rate=1e-3,
-            epochs=2,
-            batch_size=32,
-            ema=0.99,
-            bf16=True,
-            eval_every=180,
-            checkpoint_every=90,
-        ),
-    ),
-    Guide(
-        name="brief",
-        reward="brevity",
-        max_tokens=320,
+        "brief",
+        "brevity",
+        320,
         lora_rank=16,
         attention="sdpa",
-        training=ValueConfig(
-            learning_rate=1e-3,
-            epochs=1,
-            batch_size=32,
-            ema=0.98,
-            bf16=True,
-            eval_every=90,
-            checkpoint_every=90,
-        ),
+        training=dataclasses.replace(TRAINING, epochs=1, ema=0.98, eval_every=90),
     ),
 )
 

@@ -89,20 +89,20 @@ class Engine:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
+        vocabulary = policy.model.config.get_text_config().vocab_size
         context = LoadContext(
             tokenizer=self.tokenizer,
             device=where,
             dtype=wanted if isinstance(wanted, torch.dtype) else None,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            vocabulary=policy.model.config.get_text_config().vocab_size,
+            vocabulary=vocabulary,
         )
         scorers = {name: guide.load(context) for name, guide in chosen.items()}
         self.runner = Runner(policy, scorers)
         self.max_rows = max_rows
-        config = policy.model.config.get_text_config()
         self.limits = Limits(
-            vocabulary=config.vocab_size,
+            vocabulary=vocabulary,
             context=policy.context,
             guide_contexts={name: scorer.context for name, scorer in scorers.items()},
         )

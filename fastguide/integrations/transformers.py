@@ -1,10 +1,12 @@
 """Guide any ``model.generate(...)`` call of transformers with fastguide's scorers and rules.
 
-guided = GuidedLogitsProcessor(
-{"cheerful": ValueGuide("cheerful")}, VAS(beta=4.0), tokenizer=tokenizer,
-temperature=0.7, attention_mask=inputs["attention_mask"],
-)
-model.generate(**inputs, do_sample=True, temperature=0.7, logits_processor=[guided])
+For example:
+
+    guided = GuidedLogitsProcessor(
+        {"cheerful": ValueGuide("cheerful")}, VAS(beta=4.0), tokenizer=tokenizer,
+        temperature=0.7, attention_mask=inputs["attention_mask"],
+    )
+    model.generate(**inputs, do_sample=True, temperature=0.7, logits_processor=[guided])
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
         given = dict.fromkeys(guides, 1.0) if weights is None else dict(weights)
         if unknown := given.keys() - guides.keys():
             raise ValueError(f"unknown guide {min(unknown)!r}; allowed are {', '.join(guides)}")
-        self.weights = given if rule.guided else {}
+        self.weights = given
+        self.rule = rule
         self.row = rule.lower(temperature)
         self._states: dict[str, list[State]] = {name: [] for name in guides}
         self.reset(attention_mask)
@@ -77,10 +80,10 @@ class GuidedLogitsProcessor(LogitsProcessor):
             ValueError: for k above V, or a guide whose scores are not finite.
         """
         row, (count, vocab) = self.row, scores.shape
+        if not self.rule.guided:
+            return scores
         if row.k > vocab:
             raise ValueError(f"k is {row.k}; allowed are 1 to {vocab} (vocabulary)")
-        if not self.weights:
-            return scores
         padding = self._padding or [0] * count
         tokens = [
             ids[padding[i * len(padding) // count] :] for i, ids in enumerate(input_ids.tolist())

@@ -123,3 +123,14 @@ def test_scores_that_are_not_finite_name_guide_and_row(stories: str) -> None:
         guided(torch.tensor([[5, 6], [9, 6]]), torch.randn(2, 2048))
     with pytest.raises(ValueError, match=r"k is 3; allowed are 1 to 2 \(vocabulary\)"):
         guided(torch.tensor([[5, 6]]), torch.randn(1, 2))
+
+
+def test_a_rule_without_weights_still_drops(stories: str) -> None:
+    """ARGS forbids all but its candidates, whatever the guides weigh; as in the engine."""
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    guided = GuidedLogitsProcessor({}, ARGS(k=3), tokenizer=tokenizer)
+    logits = torch.randn(2, 2048)
+    found = guided(torch.tensor([[5, 6], [9, 6]]), logits)
+    kept = torch.isfinite(found)
+    assert torch.equal(kept.sum(-1), torch.tensor([3, 3]))
+    assert torch.allclose(found[kept], logits[kept])
