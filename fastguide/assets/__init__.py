@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MODEL = "stories"
+"""The packaged language model; every other packaged name is a guide on it."""
+
 _ROOT = Path(__file__).resolve().parent
 
 
@@ -18,6 +21,11 @@ def names() -> list[str]:
         for entry in _ROOT.iterdir()
         if (entry / "config.json").is_file() or (entry / "guide_config.json").is_file()
     )
+
+
+def guides() -> list[str]:
+    """Sorted names of the packaged guides."""
+    return [name for name in names() if name != MODEL]
 
 
 def packaged(name: str) -> Path:

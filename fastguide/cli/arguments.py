@@ -11,9 +11,6 @@ from pathlib import Path
 from fastguide import assets
 from fastguide.config import ARGS, VAS, Plain, Rule
 
-BASE_MODEL = "stories"
-"""The packaged model; every other packaged name is a guide."""
-
 _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
@@ -25,11 +22,6 @@ class GuideArgument:
     name: str
     path: str
     weight: float = 1.0
-
-
-def packaged_guides() -> list[str]:
-    """Names that ``--guide`` takes without a path."""
-    return [name for name in assets.names() if name != BASE_MODEL]
 
 
 def parse_guide(text: str) -> GuideArgument:
@@ -44,9 +36,9 @@ def parse_guide(text: str) -> GuideArgument:
     name, equals, path = text.partition("=")
     target, weight = _split_weight(path if equals else name)
     if not equals:
-        if target not in packaged_guides():
+        if target not in assets.guides():
             raise ValueError(
-                f"unknown guide {target!r}; packaged guides are {', '.join(packaged_guides())}, "
+                f"unknown guide {target!r}; packaged guides are {', '.join(assets.guides())}, "
                 "others are given as NAME=PATH"
             )
         return GuideArgument(target, target, weight)

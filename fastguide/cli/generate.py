@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from fastguide import assets
 from fastguide.cli import options
 from fastguide.cli.arguments import (
     build_rule,
-    packaged_guides,
     parse_guides,
     read_prompts,
     unescape,
@@ -65,7 +65,7 @@ def generate(
         raise ValueError("--stream and --json are both given; allowed is one of them")
     strength = (beta, weight, k, fill, form)
     asked = rule in ("vas", "args") or any(value is not None for value in strength)
-    default = packaged_guides() if asked and rule != "none" and model is None else []
+    default = assets.guides() if asked and rule != "none" and model is None else []
     given = parse_guides(guides or default)
     chosen = build_rule(rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form)
     used = given if chosen.guided else []

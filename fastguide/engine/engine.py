@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from fastguide.assets import names as packaged_names
+from fastguide import assets
 from fastguide.config import Rule
 from fastguide.engine.progress import progress as progress_bar
 from fastguide.engine.requests import Limits, Request, Sample, build_request, per_prompt
@@ -34,9 +34,6 @@ from fastguide.request import (
 )
 
 T = TypeVar("T")
-
-DEFAULT_MODEL = "stories"
-"""The packaged model that ``Engine()`` loads, with every packaged guide."""
 
 
 class Engine:
@@ -74,11 +71,9 @@ class Engine:
         """
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows is {max_rows!r}; allowed are whole numbers from 1")
-        chosen: Mapping[str, Guide] = guides or {}
-        if guides is None and model is None:
-            others = [n for n in packaged_names() if n != DEFAULT_MODEL]
-            chosen = {name: ValueGuide(name) for name in others}
-        path = DEFAULT_MODEL if model is None else model
+        if guides is None:
+            guides = {n: ValueGuide(n) for n in assets.guides()} if model is None else {}
+        path = assets.MODEL if model is None else model
         where = resolve_device(device)
         wanted = resolve_dtype(dtype)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -98,7 +93,7 @@ class Engine:
             allow_pickle=allow_pickle,
             vocabulary=vocabulary,
         )
-        scorers = {name: guide.load(context) for name, guide in chosen.items()}
+        scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = Runner(policy, scorers)
         self.max_rows = max_rows
         self.limits = Limits(
