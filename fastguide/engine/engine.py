@@ -25,6 +25,7 @@ from fastguide.models.loading import (
     resolve_device,
     resolve_dtype,
 )
+from fastguide.models.locate import locate
 from fastguide.request import (
     Completion,
     GenerationError,
@@ -67,13 +68,15 @@ class Engine:
             max_rows: most samples that decode together; the others wait.
 
         Raises:
-            ValueError: for weights that are missing, corrupt, unsupported or do not fit together.
+            ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
+                fit together.
         """
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows is {max_rows!r}; allowed are whole numbers from 1")
         if guides is None:
             guides = {n: ValueGuide(n) for n in assets.guides()} if model is None else {}
         path = assets.MODEL if model is None else model
+        locate(path)
         where = resolve_device(device)
         wanted = resolve_dtype(dtype)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from fastguide.assets import resolve
 from fastguide.guides.base import LoadContext, check_tokenizer
 from fastguide.models.decoder import Decoder
 from fastguide.models.loading import context_length, find_tokenizer, load_pretrained
@@ -35,8 +34,9 @@ class RewardGuide:
         """Load the classifier.
 
         Raises:
-            ValueError: for missing or corrupt weights, several labels, an encoder, or a
-                tokenizer that is not the policy's.
+            ValueError: for weights that are missing, corrupt or incomplete (a language model has
+                no head that judges), several labels, an encoder, or a tokenizer that is not the
+                policy's.
         """
         model = load_pretrained(
             AutoModelForSequenceClassification,
@@ -57,7 +57,7 @@ class RewardGuide:
                 f"reward guide {str(self.path)!r} is a {type(model).__name__}, whose head is not a "
                 "linear `score` on the last hidden state; allowed are decoder classifiers"
             )
-        tokenizer = find_tokenizer(resolve(self.path), trust_remote_code=context.trust_remote_code)
+        tokenizer = find_tokenizer(self.path, trust_remote_code=context.trust_remote_code)
         check_tokenizer(
             str(self.path), tokenizer, model.config.get_text_config().vocab_size, context
         )

@@ -24,7 +24,8 @@ class ValueGuide:
 
     Attributes:
         path: local path, hub id or packaged name (``cheerful``, ``brief``).
-        base: the base model of a LoRA guide, if not the one its config names.
+        base: the base model of a LoRA guide (path, hub id or packaged name), if it is not where
+            the guide's config says.
     """
 
     path: str | Path
@@ -52,7 +53,7 @@ class ValueGuide:
         check_model(backbone)
         # A guide with full weights may hold no tokenizer: then its base model's is meant.
         tokenizer = find_tokenizer(
-            resolve(self.path),
+            self.path,
             backbone.config.name_or_path,
             model.base_path(resolve(self.path)),
             trust_remote_code=context.trust_remote_code,

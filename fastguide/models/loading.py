@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,10 +22,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from fastguide.assets import resolve
 from fastguide.models.attention import NAME
 from fastguide.models.decoder import Decoder
+from fastguide.models.locate import holds, locate
 from fastguide.models.support import check_config, check_model
 
 DTYPES = {
@@ -25,6 +35,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+LONGEST_REASON = 300
+"""Most characters of another library's message that go into one of ours."""
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
@@ -81,35 +94,82 @@ def load_pretrained(
         kwargs: passed on.
 
     Raises:
-        ValueError: for a missing or corrupt checkpoint or an unsupported model.
+        ValueError: for a missing, corrupt or incomplete checkpoint or an unsupported model.
     """
-    where = str(resolve(path))
-    config = load_config(where, trust_remote_code=trust_remote_code)
-    check_config(config)
-    try:
-        model = auto_class.from_pretrained(
-            where,
-            dtype=resolve_dtype(dtype),
-            attn_implementation=NAME,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            **kwargs,
-        )
-    except Exception as error:
-        raise ValueError(f"cannot load model weights from {where!r}: {one_line(error)}") from error
-    model = model.to(resolve_device(device)).eval().requires_grad_(False)
+    check_config(load_config(path, trust_remote_code=trust_remote_code))
+    model = load_weights(
+        auto_class,
+        path,
+        dtype=resolve_dtype(dtype),
+        attn_implementation=NAME,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+        **kwargs,
+    )
+    model = model.to(resolve_device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
     check_model(model)
     return model
 
 
+def load_weights(
+    auto_class: Any, path: str | Path, *, allow_pickle: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """``auto_class.from_pretrained`` that refuses to make up weights, without its bar.
+
+    Args:
+        auto_class: a transformers auto class; with a head where the checkpoint must have one.
+        path: hub id, local path or packaged name.
+        allow_pickle: also load weights that are not safetensors.
+        kwargs: passed on.
+
+    Raises:
+        ValueError: for a missing or corrupt checkpoint, and for one that lacks weights of the
+            model: transformers would fill them with random numbers. Tied weights may be absent.
+    """
+    where = locate(path)
+    try:
+        with _no_weights_bar():
+            model, found = auto_class.from_pretrained(
+                where,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                **kwargs,
+            )
+    except Exception as error:
+        raise ValueError(f"cannot load model weights from {where!r}: {one_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"the weights in {where!r} are not all that a {type(model).__name__} has: "
+            f"{missing[0]!r}{more} missing"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _no_weights_bar() -> Iterator[None]:
+    """Hide the bar of transformers for a while, and leave those of the hub's downloads alone."""
+    shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    restore_hub = disable_progress_bars if hub_hidden else enable_progress_bars
+    logging.disable_progress_bar()  # each of the two switches the hub's bars, too
+    restore_hub()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+            restore_hub()
+
+
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The transformers config of a checkpoint.
+    """The transformers config of a checkpoint: hub id, local path or packaged name.
 
     Raises:
         ValueError: when there is none, it cannot be read, or it is code and that is not trusted.
     """
+    where = locate(path)
     try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
         if "custom code" in str(error) and not trust_remote_code:
             raise ValueError(
@@ -137,7 +197,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     Raises:
         ValueError: when there is none or it cannot be read.
     """
-    where = str(resolve(path))
+    holds(path, "tokenizer_config.json", "tokenizer")  # some are fine without; it must be there
+    where = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -154,18 +215,17 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The first sentence of an error message, for messages that must fit one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400]
+    """An error's type and message on one line; a long message ends after a word."""
+    message = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" …")
+    return f"{type(error).__name__}: {message or 'no message'}"
 
 
 def find_tokenizer(
-    *paths: str | None, trust_remote_code: bool = False
+    *paths: str | Path | None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the first path that has one; None if none has."""
-    for path in filter(None, paths):
-        try:
-            return load_tokenizer(path, trust_remote_code=trust_remote_code)
-        except ValueError:
-            continue
+    for path in paths:
+        with contextlib.suppress(ValueError):
+            if path:
+                return load_tokenizer(path, trust_remote_code=trust_remote_code)
     return None

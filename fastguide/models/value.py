@@ -20,8 +20,9 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from fastguide.assets import resolve
-from fastguide.models.guide_config import GuideConfig, RewardScale
-from fastguide.models.loading import load_config, one_line
+from fastguide.models.guide_config import CONFIG_FILE, GuideConfig, RewardScale
+from fastguide.models.loading import load_config, load_weights, one_line
+from fastguide.models.locate import locate
 
 __all__ = ["GuideConfig", "RewardScale", "ScalarHead", "ValueModel"]
 
@@ -103,8 +104,13 @@ class ValueModel(nn.Module):
         (``lora_alpha`` defaults to the rank) on ``target_modules`` and the head do.
         """
         where = resolve(base)
-        backbone: nn.Module = _load_backbone(
-            where, dtype or "auto", attn_implementation, trust_remote_code, allow_pickle
+        backbone: nn.Module = load_weights(
+            AutoModel,
+            base,
+            dtype=dtype or "auto",
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
         )
         hidden_size = _hidden_size(backbone)
         if lora_rank is not None:
@@ -183,43 +189,52 @@ class ValueModel(nn.Module):
         Raises:
             ValueError: one sentence naming the file that is missing, corrupt or of wrong shape.
         """
-        folder = _local_folder(resolve(path))
+        folder = _local_folder(path)
         config = GuideConfig.load(folder)
         is_lora = (folder / ADAPTER_CONFIG_FILE).is_file()
-        source = str(folder)
+        merge = merge and is_lora
+        source: str | Path = folder
         if is_lora:
-            source = resolve(base) if base is not None else _base_path(config.base_model, folder)
-        backbone: nn.Module
-        if is_lora and merge:
-            final = dtype or _stored_dtype(source, trust_remote_code)
-            backbone = _load_backbone(
-                source, torch.float32, attn_implementation, trust_remote_code, allow_pickle
-            )
-            backbone = _add_adapter(backbone, folder).merge_and_unload().to(final)  # type: ignore[operator]
-        else:
-            backbone = _load_backbone(
-                source, dtype or "auto", attn_implementation, trust_remote_code, allow_pickle
-            )
-            if is_lora:
-                backbone = _add_adapter(backbone, folder)
+            source = base or _find_base(path, config.base_model, folder)
+        final = dtype or _stored_dtype(source, trust_remote_code) if merge else None
+        backbone: nn.Module = load_weights(
+            AutoModel,
+            source,
+            dtype=torch.float32 if merge else dtype or "auto",
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        if is_lora:
+            backbone = _add_adapter(backbone, folder)
+        if merge:
+            backbone = backbone.merge_and_unload().to(final)  # type: ignore[operator]
         head = ScalarHead(_hidden_size(backbone))
         _load_state(head, folder / HEAD_FILE)
         model = cls(backbone, head, config).eval()
         return model.to(device) if device is not None else model
 
 
-def _local_folder(path: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
+def _local_folder(path: str | Path) -> Path:
+    where = locate(path, CONFIG_FILE, "guide")
+    if Path(where).is_dir():
+        return Path(where)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(path, ignore_patterns=["*.md"]))
-    except (OSError, HFValidationError) as error:
-        reason = one_line(error)
+        return Path(snapshot_download(where, ignore_patterns=["*.md"]))
+    except OSError as error:
+        raise ValueError(f"cannot fetch the guide {where!r}: {one_line(error)}") from error
+
+
+def _find_base(path: str | Path, base_model: str, folder: Path) -> str:
+    """The base model that a LoRA guide names."""
+    try:
+        return locate(_base_path(base_model, folder))
+    except ValueError as error:
         raise ValueError(
-            f"no guide at {path!r}, neither a folder nor on the hub: {reason}"
+            f"the guide {str(path)!r} is a LoRA on {base_model!r}, but there is {error}; "
+            "name its base model with ValueGuide(path, base=...), or with --guide-base"
         ) from error
 
 
@@ -229,30 +244,7 @@ def _base_path(base_model: str, folder: Path) -> str:
     return str(beside.resolve()) if beside.is_dir() else resolve(base_model)
 
 
-def _load_backbone(
-    source: str,
-    dtype: torch.dtype | str,
-    attn_implementation: str | None,
-    trust_remote_code: bool,
-    allow_pickle: bool,
-) -> PreTrainedModel:
-    try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        raise ValueError(f"cannot load the weights of {source!r}: {one_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"the weights of {source!r} lack {len(missing)} tensors: {missing[:3]}")
-    return model
-
-
-def _stored_dtype(source: str, trust_remote_code: bool) -> torch.dtype:
+def _stored_dtype(source: str | Path, trust_remote_code: bool) -> torch.dtype:
     config = load_config(source, trust_remote_code=trust_remote_code)
     return getattr(config, "dtype", None) or torch.float32
 
