@@ -69,12 +69,13 @@ class Engine:
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
-                fit together.
+                fit together, and for guides that are none.
         """
         if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
             raise ValueError(f"max_rows is {max_rows!r}; allowed are whole numbers from 1")
         if guides is None:
             guides = {n: ValueGuide(n) for n in assets.guides()} if model is None else {}
+        _check_guides(guides)
         path = assets.MODEL if model is None else model
         locate(path)
         where = resolve_device(device)
@@ -124,7 +125,8 @@ class Engine:
         """Complete all prompts; completions come in the order of the prompts, n for each.
 
         Args:
-            prompts: texts, token-id lists or chats; a single one is allowed.
+            prompts: texts, token ids (a list, or a one-dimensional array or tensor) or chats; a
+                single one is allowed.
             rule: how guides steer, per call or one per prompt; None is plain decoding.
             weights: of guides by name, per call or one per prompt; None weighs each guide 1.
             sampling: per call or one per prompt.
@@ -324,3 +326,15 @@ class Engine:
             if ids is not None:
                 found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
         return frozenset(found)
+
+
+def _check_guides(guides: object) -> None:
+    """Refuse what is no mapping of names to guides; ValueError names what was received."""
+    if not isinstance(guides, Mapping):
+        raise ValueError(f"guides is {guides!r:.80}; allowed is a mapping of names to guides")
+    for name, guide in guides.items():
+        if isinstance(guide, type) or not callable(getattr(guide, "load", None)):
+            raise ValueError(
+                f"guide {name!r} is {guide!r:.80}; allowed are ValueGuide(...), RewardGuide(...), "
+                "FunctionGuide(...) and objects with a load method"
+            )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""A text, token ids, or chat messages (``{"role": ..., "content": ...}``)."""
+"""A text, token ids (also a one-dimensional array or tensor), or chat messages
+(``{"role": ..., "content": ...}``)."""
+
+_ALLOWED = "a text, a list of token ids, or chat messages with 'role' and 'content'"
 
 _CONTEXT_TOKENS = 6  # prompt tokens decoded along, so that a first space or a split rune is right
 _REPLACEMENT = "�"
@@ -24,18 +28,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         tokens = list(tokenizer(prompt)["input_ids"]) if prompt else []
     else:
-        items: list[Any] = list(prompt) if isinstance(prompt, Iterable) else [prompt]
-        if all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        items = _items(prompt)
+        if items is not None and all(_is_token(item) for item in items):
             tokens = items
-        elif all(
+        elif items is not None and all(
             isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in items
         ):
             tokens = _encode_chat(tokenizer, items)
         else:
-            raise ValueError(
-                f"the prompt is {prompt!r:.80}; allowed are a text, a list of token ids, or chat "
-                "messages with 'role' and 'content'"
-            )
+            raise ValueError(f"the prompt is {_shown(prompt)}; allowed are {_ALLOWED}")
     if not tokens:
         raise ValueError("the prompt is empty; allowed is one token or more")
     return tokens
@@ -52,13 +53,43 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[Any]) -> lis
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt or several: a bare text, id list or chat is one."""
+    """A list of prompts from one prompt or several: a bare text, id list or chat is one.
+
+    Raises:
+        ValueError: for what is neither.
+    """
     if isinstance(prompts, str):
         return [prompts]
-    items: list[Any] = list(prompts)
-    if items and isinstance(items[0], (int, Mapping)):
+    items = _items(prompts)
+    if items is None:
+        raise ValueError(
+            f"prompts is {_shown(prompts)}; allowed are {_ALLOWED}, and lists of such prompts"
+        )
+    if items and (_is_token(items[0]) or isinstance(items[0], Mapping)):
         return [items]
     return items
+
+
+def _items(value: Any) -> list[Any] | None:
+    """What a list, array or tensor holds, numbers as Python's own; None for anything else."""
+    value = _plain(value)
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        return None
+    return [_plain(item) for item in value]
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and torch's arrays and numbers as lists and numbers of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: on one line, and not all of a long one."""
+    return textwrap.shorten(repr(_plain(value)), 80, placeholder=" …")
 
 
 class TextStream:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -51,6 +52,12 @@ SHORT = SamplingParams(max_tokens=3, seed=0)
         (lambda: SamplingParams(seed=1.5), "seed is 1.5"),
         (lambda: Engine("stories", guides={}, max_rows=0), "max_rows is 0"),
         (lambda: Engine("stories", guides={}, dtype="int3"), "dtype is 'int3'; allowed are auto"),
+        (
+            lambda: Engine("stories", {"a": "cheerful"}),
+            "guide 'a' is 'cheerful'; allowed are Value",
+        ),
+        (lambda: Engine("stories", {"a": ValueGuide}), "with a load method"),
+        (lambda: Engine("stories", [ValueGuide("brief")]), "allowed is a mapping of names to"),
         (lambda: FunctionGuide(lambda x: 0, on="words"), "on is 'words'; allowed are text, tokens"),
     ],
 )
@@ -77,6 +84,12 @@ def test_settings(call: Any, message: str) -> None:
         (([GOOD], None, None, {"max_tokens": 3}), "allowed is SamplingParams"),
         (([[{"role": "user", "content": "hi"}], GOOD],), "the tokenizer has no chat template"),
         (([3.5, GOOD],), "allowed are a text, a list of token ids, or chat messages"),
+        (([None, GOOD],), "prompt 0: the prompt is None; allowed are a text"),
+        (([np.zeros((3, 40)), GOOD],), "the prompt is [[0.0, 0.0,"),
+        ((None,), "prompts is None; allowed are a text, a list of token ids"),
+        ((5,), "prompts is 5; allowed are"),
+        ((b"Once",), "prompts is b'Once'; allowed are"),
+        (({"role": "user", "content": "hi"},), "prompts is {'role': 'user'"),
     ],
 )
 def test_calls(engine: Engine, arguments: tuple, message: str | None) -> None:
@@ -88,6 +101,7 @@ def test_calls(engine: Engine, arguments: tuple, message: str | None) -> None:
     with pytest.raises(ValueError) as caught:
         engine.generate(*arguments)
     assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
     if isinstance(caught.value, GenerationError) and len(caught.value.outputs) > 1:
         assert [c.finish_reason for c in caught.value.outputs] == ["error", "length"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -67,6 +69,23 @@ def test_prompt_forms(tokenizer: PreTrainedTokenizerBase) -> None:
     assert as_prompts([1, 2]) == [[1, 2]]
     assert as_prompts(chat) == [chat]
     assert as_prompts([chat, "One", [3]]) == [chat, "One", [3]]
+
+
+def test_arrays_and_tensors_are_token_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    for one in (
+        np.array([5, 9]),
+        torch.tensor([5, 9]),
+        [np.int32(5), np.int64(9)],
+        range(5, 10, 4),
+    ):
+        (prompt,) = as_prompts(one)
+        assert encode(tokenizer, prompt) == [5, 9]
+        assert all(type(token) is int for token in encode(tokenizer, one))
+    several = [torch.tensor([5]), np.array([9]), "One"]
+    assert as_prompts(several) == [[5], [9], "One"]
+    assert as_prompts(np.array([[5, 6], [8, 9]])) == [[5, 6], [8, 9]]
+    with pytest.raises(ValueError, match=r"the prompt is \[0.5\]; allowed are"):
+        encode(tokenizer, np.array([0.5]))
 
 
 def test_ends(stories: str) -> None:
