@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+MAX_SAMPLES = 100_000
+"""Most samples of one prompt."""
+
 _MASK64 = (1 << 64) - 1
 
 
@@ -15,14 +18,17 @@ class SamplingParams:
     """How a request is sampled and when it ends.
 
     Attributes:
-        temperature: divides the base logits; 0 is greedy, for every rule.
+        temperature: divides the base logits; 0 is greedy, for every rule. 1 is the model's own
+            distribution; the command line takes 0.7 where none is given.
         max_tokens: most new tokens.
         stop: strings that end the text; they are not part of it.
         stop_token_ids: tokens that end it, besides the model's own end-of-text tokens.
         ignore_eos: go on past the model's end-of-text tokens.
-        seed: draws depend on it and on the position only. None picks one at random, which the
-            completion reports.
-        n: samples per prompt; sample i draws with ``sample_seed(seed, i)``.
+        seed: draws depend on it and on the position only, so in fp32 a seed gives the same text
+            in every batch. In bf16 and fp16 the logits are rounded otherwise in another batch,
+            and a draw near a border may fall to the other side. None picks a seed at random,
+            which the completion reports.
+        n: samples per prompt, at most 100,000; sample i draws with ``sample_seed(seed, i)``.
     """
 
     temperature: float = 1.0
@@ -51,6 +57,8 @@ class SamplingParams:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
+        if self.n > MAX_SAMPLES:
+            raise ValueError(f"n is {self.n}; allowed are whole numbers from 1 to {MAX_SAMPLES}")
         if any(not isinstance(s, str) or not s for s in self.stop):
             raise ValueError(f"stop is {self.stop!r}; allowed are non-empty strings")
         if self.seed is not None and (
@@ -95,8 +103,9 @@ class Completion:
         base_logprobs: under the base model at the same temperature.
         kl: exact KL divergence of the guided from the base distribution at each step, in nats.
         scores: composed guide score of each token; None where it was not a scored candidate.
-        seed: the seed that reproduces it.
-        prompt_tokens: tokens of the prompt.
+        seed: in fp32, this seed gives it again, as sample 0 (see ``SamplingParams.seed``).
+        prompt_tokens: tokens of the prompt; 0 where the prompt was refused, which one completion
+            reports for all its samples.
         seconds: from admission to the last token.
         error: the reason, for ``error``.
     """

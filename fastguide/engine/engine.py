@@ -128,8 +128,9 @@ class Engine:
             prompts: texts, token ids (a list, or a one-dimensional array or tensor) or chats; a
                 single one is allowed.
             rule: how guides steer, per call or one per prompt; None is plain decoding.
-            weights: of guides by name, per call or one per prompt; None weighs each guide 1.
-            sampling: per call or one per prompt.
+            weights: of guides by name, per call or one per prompt; None weighs each guide 1. A
+                guide that is left out of the mapping is not used.
+            sampling: per call or one per prompt; None is ``SamplingParams()``.
             errors: ``raise``: finish every other request, then raise with all outputs attached;
                 ``return``: give failed requests as completions with ``finish_reason="error"``.
             progress: a bar on standard error, where that is a terminal; None shows one for batches.
@@ -229,7 +230,7 @@ class Engine:
                 if (item := emit(refused, None)) is not None:
                     yield item
         scheduler = Scheduler(requests, self.max_rows)
-        fresh: deque[Sample] = deque()  # stepped, and not yet shown to ``emit``
+        fresh: deque[Sample] = deque()  # being stepped, and not yet shown to ``emit``
 
         def items() -> Iterator[T]:
             while fresh:
@@ -239,21 +240,18 @@ class Engine:
 
         try:
             while not scheduler.done:
-                admitted = scheduler.admit()
-                self._open(admitted)
-                for request in admitted:
-                    if request.refused is not None:
-                        refused = Completion(
-                            request.index, 0, finish_reason="error", error=request.refused
-                        )
-                        if (item := emit(refused, None)) is not None:
-                            yield item
-                alive = [s for r in scheduler.running for s in r.samples if s.running]
+                for request in self._start(scheduler.admit()):
+                    refused = Completion(
+                        request.index, request.begun, finish_reason="error", error=request.refused
+                    )
+                    if (item := emit(refused, None)) is not None:
+                        yield item
+                alive = [sample for request in scheduler.running for sample in request.samples]
                 if alive:
-                    self._step(alive)
                     fresh.extend(alive)
+                    self._step(alive)
                     yield from items()
-                scheduler.running = [r for r in scheduler.running if r.rows]
+                scheduler.retire()
         except KeyboardInterrupt:
             fresh.extend(
                 s for r in scheduler.running for s in r.samples if s.running and s not in fresh
@@ -265,17 +263,30 @@ class Engine:
             raise
         finally:
             for request in scheduler.running:
-                for sample in request.samples:
-                    sample.row.close()
+                request.close()
+
+    def _start(self, admitted: list[tuple[Request, int]]) -> list[Request]:
+        """Start so many samples of each request; new requests are prefilled together.
+
+        Returns:
+            Requests of which something could not be started; they have ``refused`` set.
+        """
+        now = time.perf_counter()
+        self._open([request for request, _ in admitted if request.begun == 0])
+        for request, count in admitted:
+            if request.refused is None:
+                try:
+                    request.start(count, self.tokenizer, now)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    request.refuse(one_line(error))
+        return [request for request, _ in admitted if request.refused is not None]
 
     def _open(self, requests: list[Request]) -> None:
-        """Prefill admitted requests together and start their samples.
-
-        Where that fails, each is tried alone, and those that fail again end with an error.
-        """
+        """Prefill the prompts of new requests; where that fails, of each alone."""
         if not requests:
             return
-        started = time.perf_counter()
         try:
             opened = self.runner.open([request.prompt for request in requests])
         except torch.OutOfMemoryError:
@@ -285,16 +296,10 @@ class Engine:
                 for request in requests:
                     self._open([request])
             else:
-                requests[0].refused = f"prompt {requests[0].index}: {one_line(error)}"
+                requests[0].refuse(one_line(error))
             return
-        for request, rows in zip(requests, opened, strict=True):
-            request.started = started
-            for i, row in enumerate(rows):
-                text = TextStream(self.tokenizer, request.tokens, request.sampling.stop)
-                completion = Completion(
-                    request.index, i, seed=row.seed, prompt_tokens=len(request.tokens)
-                )
-                request.samples.append(Sample(request, row, text, completion))
+        for request, (row,) in zip(requests, opened, strict=True):
+            request.stem = row
 
     def _step(self, samples: list[Sample]) -> None:
         """One token for every sample; ends those that are complete or have failed."""

@@ -1,4 +1,4 @@
-"""Which requests run: waiting ones are admitted in order while there is room. No tensors here."""
+"""Which samples run: requests are admitted in order while there is room. No tensors here."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
 
-class Sized(Protocol):
-    """Something that takes up rows of a batch."""
+class Work(Protocol):
+    """A request of several samples, each of which takes up a row of the batch."""
+
+    @property
+    def waiting(self) -> int:
+        """Samples that have not started."""
 
     @property
     def rows(self) -> int:
-        """Batch rows it takes up now."""
+        """Batch rows it takes up now: its samples that run."""
 
 
-T = TypeVar("T", bound=Sized)
+T = TypeVar("T", bound=Work)
 
 
 class Scheduler(Generic[T]):
@@ -26,24 +30,32 @@ class Scheduler(Generic[T]):
 
         Args:
             waiting: requests in order of admission.
-            max_rows: most rows at once; a request larger than this runs alone.
+            max_rows: most rows at once; samples of a request that do not fit start later.
         """
         self._waiting = deque(waiting)
         self._max_rows = max_rows
         self.running: list[T] = []
 
-    def admit(self) -> list[T]:
-        """Move waiting requests that fit into ``running`` and return them."""
-        used = sum(request.rows for request in self.running)
-        admitted: list[T] = []
-        while self._waiting:
-            rows = self._waiting[0].rows
-            if used and used + rows > self._max_rows:
+    def admit(self) -> list[tuple[T, int]]:
+        """The requests that start samples now, each with how many; they are now ``running``."""
+        room = self._max_rows - sum(request.rows for request in self.running)
+        admitted: list[tuple[T, int]] = []
+        while self._waiting and room > 0:
+            request = self._waiting[0]
+            count = min(room, request.waiting)
+            if count:
+                admitted.append((request, count))
+                room -= count
+            if request not in self.running:
+                self.running.append(request)
+            if count < request.waiting:
                 break
-            used += rows
-            admitted.append(self._waiting.popleft())
-        self.running += admitted
+            self._waiting.popleft()
         return admitted
+
+    def retire(self) -> None:
+        """Forget running requests that have neither rows nor samples left to start."""
+        self.running = [r for r in self.running if r.rows or r.waiting]
 
     @property
     def done(self) -> bool:
