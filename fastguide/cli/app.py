@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +12,10 @@ from typer.core import TyperGroup
 from fastguide import __version__
 from fastguide.cli.demo import demo
 from fastguide.cli.generate import generate
+from fastguide.cli.output import drop_output
+
+UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for options that it cannot read; some versions bring a click of their own."""
 
 BAD_INPUT = 2
 """Exit code for input that cannot be used: one sentence on standard error says why."""
@@ -24,23 +28,38 @@ CLOSED_PIPE = 141
 class Commands(TyperGroup):
     """Turns the errors of every command into one sentence and an exit code."""
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the chosen command.
+    def make_context(self, info_name: Any, args: list[str], *rest: Any, **extra: Any) -> Any:
+        """Read the options before the command; without any arguments typer shows the help."""
+        with _one_sentence() if args else contextlib.nullcontext():
+            return super().make_context(info_name, args, *rest, **extra)
 
-        Raises:
-            typer.Exit: with ``BAD_INPUT``, ``INTERRUPTED`` or ``CLOSED_PIPE``.
-        """
-        try:
+    def invoke(self, ctx: Any) -> Any:
+        """Read the command's options and run it."""
+        with _one_sentence():
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise typer.Exit(INTERRUPTED) from error
-        except BrokenPipeError as error:
-            # Python flushes standard output once more at exit; that must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(CLOSED_PIPE) from error
-        except (ValueError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(BAD_INPUT) from error
+
+
+@contextlib.contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Say what went wrong.
+
+    Raises:
+        typer.Exit: with ``BAD_INPUT``, ``INTERRUPTED`` or ``CLOSED_PIPE``.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+    except BrokenPipeError as error:
+        drop_output()
+        raise typer.Exit(CLOSED_PIPE) from error
+    except UsageError as error:
+        sentence = " ".join(error.format_message().split()).rstrip(".")
+        typer.echo(f"error: {sentence[:1].lower()}{sentence[1:]}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
 
 
 app = typer.Typer(
@@ -69,7 +88,7 @@ def fastguide(
         ),
     ] = False,
 ) -> None:
-    """Steer a language model while it decodes, at about the cost of plain decoding.
+    """Steer a language model while it decodes, with value models and reward models.
 
     Try it: fastguide generate "Once upon a time" --guide cheerful --beta 4
     """

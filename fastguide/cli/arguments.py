@@ -11,7 +11,7 @@ from pathlib import Path
 from fastguide import assets
 from fastguide.config import ARGS, VAS, Plain, Rule
 
-_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -31,7 +31,8 @@ def parse_guide(text: str) -> GuideArgument:
     a path that exists as it stands is taken whole.
 
     Raises:
-        ValueError: for a name that is not packaged, or an empty name or path.
+        ValueError: for a name that is not packaged, an empty name or path, or a weight that is no
+            number, after a packaged name or a path that exists.
     """
     name, equals, path = text.partition("=")
     target, weight = _split_weight(path if equals else name)
@@ -48,10 +49,14 @@ def parse_guide(text: str) -> GuideArgument:
 
 
 def _split_weight(text: str) -> tuple[str, float]:
-    found = _WEIGHTED.fullmatch(text)
-    if found is None or Path(text).exists():
+    path, _, weight = text.rpartition(":")
+    if not path or Path(text).exists():
         return text, 1.0
-    return found["path"], float(found["weight"])
+    if _NUMBER.fullmatch(weight):
+        return path, float(weight)
+    if path in assets.names() or Path(path).exists():
+        raise ValueError(f"weight of guide {path!r} is {weight!r}; allowed are numbers")
+    return text, 1.0
 
 
 def parse_guides(texts: Sequence[str]) -> list[GuideArgument]:
@@ -90,8 +95,8 @@ def build_rule(
         form: of ARGS.
 
     Raises:
-        ValueError: for an unknown rule, a rule without a guide, an option of another rule or a
-            value that is not allowed.
+        ValueError: for an unknown rule, a rule without a guide or a guide without a rule, an
+            option of another rule or a value that is not allowed.
     """
     chosen = name or ("vas" if guided else "none")
     takes = {"vas": ("beta", "k", "fill"), "args": ("weight", "k", "form"), "none": ()}
@@ -107,6 +112,8 @@ def build_rule(
                 f"--{key} is given, but {reason}; allowed with rule {' or '.join(users)}"
             )
     if chosen == "none":
+        if guided:
+            raise ValueError("--guide is given, but rule is 'none'; allowed with rule vas or args")
         return Plain()
     if not guided:
         raise ValueError(

@@ -72,7 +72,7 @@ def generate(
     job = Job(
         prompts=read_prompts(prompts or [], source),
         rule=chosen,
-        weights={guide.name: guide.weight for guide in used} or None,
+        weights={guide.name: guide.weight for guide in given} or None,
         sampling=SamplingParams(
             temperature=temperature,
             max_tokens=max_tokens,

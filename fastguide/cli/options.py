@@ -9,6 +9,23 @@ def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, **kwargs)
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}; allowed are whole numbers") from error
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}; allowed are numbers") from error
+
+
+_COUNT: Any = {"metavar": "COUNT", "parser": _whole}
+_SEED: Any = {"metavar": "NUMBER", "parser": _whole}
+_STRENGTH: Any = {"metavar": "NUMBER", "parser": _number}
 _MODEL, _RULE, _SAMPLING, _OUTPUT = "Model and guides", "Rule", "Sampling", "Output"
 
 Prompts = Annotated[
@@ -49,12 +66,13 @@ RuleName = Annotated[
     ),
 ]
 Beta = Annotated[
-    float | None, _option(_RULE, "Strength of vas (1); below 0 steers away.", metavar="NUMBER")
+    float | None,
+    _option(_RULE, "Strength of vas (1); below 0 steers away.", **_STRENGTH),
 ]
-Weight = Annotated[float | None, _option(_RULE, "Strength of args (1.5).", metavar="NUMBER")]
+Weight = Annotated[float | None, _option(_RULE, "Strength of args (1.5).", **_STRENGTH)]
 K = Annotated[
     int | None,
-    _option(_RULE, "Tokens scored per step (vas 20, args 10).", "--k", metavar="COUNT"),
+    _option(_RULE, "Tokens scored per step (vas 20, args 10).", "--k", **_COUNT),
 ]
 Fill = Annotated[
     str | None, _option(_RULE, "vas: score of all other tokens.", metavar="mean|none|drop")
@@ -64,15 +82,16 @@ Form = Annotated[
 ]
 
 Temperature = Annotated[
-    float, _option(_SAMPLING, "0 takes the best token at every step.", metavar="NUMBER")
+    float,
+    _option(_SAMPLING, "0 takes the best token at every step.", **_STRENGTH),
 ]
-MaxTokens = Annotated[int, _option(_SAMPLING, "Most new tokens.", metavar="COUNT")]
+MaxTokens = Annotated[int, _option(_SAMPLING, "Most new tokens.", **_COUNT)]
 Stop = Annotated[
     list[str] | None,
     _option(_SAMPLING, "End before this text; \\n is a line break.", metavar="TEXT"),
 ]
-Samples = Annotated[int, _option(_SAMPLING, "Samples per prompt.", "--n", metavar="COUNT")]
-Seed = Annotated[int | None, _option(_SAMPLING, "Left out: another each time.", metavar="NUMBER")]
+Samples = Annotated[int, _option(_SAMPLING, "Samples per prompt.", "--n", **_COUNT)]
+Seed = Annotated[int | None, _option(_SAMPLING, "Left out: another each time.", **_SEED)]
 
 Stream = Annotated[bool, _option(_OUTPUT, "Print text as it is decoded.", "--stream")]
 AsJson = Annotated[bool, _option(_OUTPUT, "One JSON object per completion.", "--json")]
@@ -82,9 +101,7 @@ DemoPrompts = Annotated[
     list[str] | None,
     typer.Option("--prompt", metavar="TEXT", help="A prompt of your own; repeat for more."),
 ]
-DemoSamples = Annotated[int, typer.Option("--n", metavar="COUNT", help="Samples per prompt.")]
-DemoBeta = Annotated[float, typer.Option(metavar="NUMBER", help="Strength of the guides.")]
-DemoSeed = Annotated[int, typer.Option(metavar="NUMBER", help="Another seed, other stories.")]
-DemoMaxTokens = Annotated[
-    int, typer.Option("--max-tokens", metavar="COUNT", help="Most new tokens.")
-]
+DemoSamples = Annotated[int, typer.Option("--n", help="Samples per prompt.", **_COUNT)]
+DemoBeta = Annotated[float, typer.Option(help="Strength of the guides.", **_STRENGTH)]
+DemoSeed = Annotated[int, typer.Option(help="Another seed, other stories.", **_SEED)]
+DemoMaxTokens = Annotated[int, typer.Option("--max-tokens", help="Most new tokens.", **_COUNT)]

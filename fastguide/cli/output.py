@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,18 +24,28 @@ def opened(path: str | None) -> Iterator[TextIO]:
     another option must not cost old results.
 
     Raises:
-        ValueError: when the file cannot be written.
+        ValueError: when it cannot be written, then or later.
+        BrokenPipeError: when the reader of standard output has gone.
     """
-    if path is None:
-        yield sys.stdout
-        sys.stdout.flush()
-        return
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(Path(path).open("a", encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"cannot write to {path!r}: {error.strerror}") from error
-        yield file
+    try:
+        if path is None:
+            yield sys.stdout
+            sys.stdout.flush()
+        else:
+            with Path(path).open("a", encoding="utf-8") as file:
+                yield file
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if path is None:
+            drop_output()
+        name = "standard output" if path is None else repr(path)
+        raise ValueError(f"cannot write to {name}: {error.strerror}") from error
+
+
+def drop_output() -> None:
+    """Lead standard output nowhere: Python flushes it at exit, which must not fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Printer:

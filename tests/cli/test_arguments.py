@@ -46,6 +46,19 @@ def test_guides_that_are_refused(text):
         parse_guide(text)
 
 
+@pytest.mark.parametrize("weight", ["abc", "nan", "inf", "", "1,5"])
+def test_a_weight_that_is_no_number(tmp_path, weight):
+    (tmp_path / "guide").mkdir()
+    for path, text in (
+        ("cheerful", f"cheerful:{weight}"),
+        ("brief", f"short=brief:{weight}"),
+        (f"{tmp_path}/guide", f"mine={tmp_path}/guide:{weight}"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            parse_guide(text)
+        assert str(caught.value) == f"weight of guide '{path}' is '{weight}'; allowed are numbers"
+
+
 def test_an_unknown_guide_names_the_packaged_ones():
     with pytest.raises(ValueError, match=r"unknown guide 'grumpy'.*cheerful.*NAME=PATH"):
         parse_guide("grumpy")
@@ -61,7 +74,7 @@ def test_a_name_twice_is_refused():
     [
         ({"name": None, "guided": False}, Plain()),
         ({"name": None, "guided": True}, VAS()),
-        ({"name": "none", "guided": True}, Plain()),
+        ({"name": "none", "guided": False}, Plain()),
         ({"name": "vas", "guided": True, "beta": -2.0, "k": 5}, VAS(-2.0, 5)),
         ({"name": None, "guided": True, "fill": "drop"}, VAS(fill="drop")),
         ({"name": "args", "guided": True, "weight": 2.0}, ARGS(2.0)),
@@ -80,6 +93,7 @@ def test_rules(arguments, expected):
     [
         ({"name": "dpo", "guided": True}, "'dpo'; allowed are vas, args, none"),
         ({"name": "vas", "guided": False}, "no guide is given"),
+        ({"name": "none", "guided": True}, "--guide .*'none'; allowed with rule vas or args"),
         ({"name": "vas", "guided": True, "weight": 2.0}, "--weight .*allowed with rule args"),
         ({"name": "args", "guided": True, "beta": 2.0}, "--beta .*allowed with rule vas"),
         ({"name": None, "guided": False, "k": 2}, "no --guide .*vas or args"),
