@@ -113,6 +113,7 @@ def _complete(engine: Engine, job: Job, printer: Printer) -> None:
             printer.add(completions.throw(interrupt))
             for completion in completions:
                 printer.add(completion)
+        printer.flush()
         raise
 
 

@@ -49,7 +49,7 @@ def drop_output() -> None:
 
 
 class Printer:
-    """Prints completions as they finish, and counts them."""
+    """Prints completions in the order of the prompts, and counts them."""
 
     def __init__(self, file: TextIO, prompts: Sequence[str], samples: int, as_json: bool) -> None:
         """Choose the form of the output.
@@ -62,16 +62,37 @@ class Printer:
         """
         self._file = file
         self._prompts = prompts
+        self._samples = samples
         self._headings = len(prompts) > 1 or samples > 1
         self._as_json = as_json
+        self._held: dict[tuple[int, int], Completion] = {}
+        self._next = (0, 0)
         self.on_terminal = file.isatty()
         self.finished = self.aborted = self.failed = 0
 
     def add(self, completion: Completion) -> None:
-        """Print one completion."""
+        """Take a completion; it is printed once those before it have been.
+
+        Those that wait were decoded beside an earlier one, so they have at most as many tokens as
+        the engine has rows times the most tokens of a completion.
+        """
         self._count(completion)
         if completion.finish_reason == "error":
             typer.echo(f"error: {completion.error}", err=True)
+        self._held[completion.prompt, completion.sample] = completion
+        while (ready := self._held.pop(self._next, None)) is not None:
+            refused = ready.finish_reason == "error" and ready.prompt_tokens == 0
+            last = refused or ready.sample == self._samples - 1
+            self._next = (ready.prompt + 1, 0) if last else (ready.prompt, ready.sample + 1)
+            self._print(ready)
+
+    def flush(self) -> None:
+        """Print what still waits for others, which will not come."""
+        for key in sorted(self._held):
+            self._print(self._held[key])
+        self._held.clear()
+
+    def _print(self, completion: Completion) -> None:
         if self._as_json:
             print(json.dumps(as_dict(completion), ensure_ascii=False), file=self._file, flush=True)
         elif completion.finish_reason != "error":
