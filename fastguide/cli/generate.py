@@ -42,6 +42,7 @@ def generate(
     source: options.Input = None,
     model: options.Model = None,
     guides: options.Guides = None,
+    guide_base: options.GuideBase = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -68,7 +69,8 @@ def generate(
     default = assets.guides() if asked and rule != "none" and model is None else []
     given = parse_guides(guides or default)
     chosen = build_rule(rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form)
-    used = given if chosen.guided else []
+    if guide_base is not None and all(guide.path in assets.names() for guide in given):
+        raise ValueError("--guide-base is given, but no guide is; allowed with --guide NAME=PATH")
     job = Job(
         prompts=read_prompts(prompts or [], source),
         rule=chosen,
@@ -84,7 +86,12 @@ def generate(
     with opened(output) as file:
         printer = Printer(file, job.prompts, samples, as_json)
         engine = load_engine(
-            model, used, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            given,
+            guide_base=guide_base,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
         )
         if output is not None and Path(output).is_file():
             file.truncate(0)

@@ -6,10 +6,9 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastguide.assets import resolve
+from fastguide import assets
 from fastguide.cli.arguments import GuideArgument
 from fastguide.cli.live import status
 
@@ -22,6 +21,7 @@ def load_engine(
     model: str | None,
     guides: Sequence[GuideArgument],
     *,
+    guide_base: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
@@ -31,8 +31,10 @@ def load_engine(
     Args:
         model: hub id, path or packaged name; None is the packaged model.
         guides: what ``--guide`` gave.
+        guide_base: base model of those guides that are a LoRA and not packaged.
         device: as in ``Engine``.
-        dtype: as in ``Engine``.
+        dtype: as in ``Engine``; None is float32 for the packaged model, which is so small that
+            exact seeds cost nothing.
         trust_remote_code: as in ``Engine``.
 
     Raises:
@@ -41,7 +43,9 @@ def load_engine(
     with status("loading"), _quiet():
         from fastguide.engine import Engine
 
-        loaded: Mapping[str, Guide] = {guide.name: _guide(guide.path) for guide in guides}
+        loaded: Mapping[str, Guide] = {g.name: _guide(g.path, guide_base) for g in guides}
+        if dtype is None and model in (None, assets.MODEL):
+            dtype = "float32"
         return Engine(
             model, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -59,33 +63,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _guide(path: str) -> Guide:
+def _guide(path: str, base: str | None) -> Guide:
     """A value guide where the folder says so, else a reward guide (a sequence classifier)."""
     from fastguide.guides import RewardGuide, ValueGuide
-
-    return ValueGuide(path) if _is_value_guide(path) else RewardGuide(path)
-
-
-def _is_value_guide(path: str) -> bool:
     from fastguide.models.guide_config import CONFIG_FILE
+    from fastguide.models.locate import MODEL_FILE, holds
 
-    folder = Path(resolve(path))
-    if folder.is_dir():
-        return (folder / CONFIG_FILE).is_file() or not (folder / "config.json").is_file()
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    try:
-        hf_hub_download(path, CONFIG_FILE)
-    except (HFValidationError, OSError) as error:
-        found_none = isinstance(error, EntryNotFoundError)
-        if found_none and not isinstance(error, LocalEntryNotFoundError):
-            return False  # the repository is there, the file is not
-        raise ValueError(
-            f"no guide at {path!r}: neither a folder nor a hub id that can be fetched"
-        ) from error
-    return True
+    if path in assets.names():
+        return ValueGuide(path)
+    if holds(path, CONFIG_FILE, "guide") or not holds(path, MODEL_FILE, "guide"):
+        return ValueGuide(path, base=base)
+    return RewardGuide(path)

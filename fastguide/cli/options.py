@@ -50,8 +50,14 @@ Guides = Annotated[
         metavar="NAME[=PATH][:WEIGHT]",
     ),
 ]
+GuideBase = Annotated[
+    str | None,
+    _option(_MODEL, "Base model of NAME=PATH guides, instead of their own.", metavar="PATH|HUB-ID"),
+]
 Device = Annotated[str | None, _option(_MODEL, "cpu, cuda or cuda:N.", metavar="NAME")]
-Dtype = Annotated[str | None, _option(_MODEL, "float32, bfloat16 or float16.", metavar="NAME")]
+Dtype = Annotated[
+    str | None, _option(_MODEL, "float32, bfloat16, float16 or auto.", metavar="NAME")
+]
 TrustRemoteCode = Annotated[
     bool, _option(_MODEL, "Run code shipped with checkpoints.", "--trust-remote-code")
 ]

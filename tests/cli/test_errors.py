@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,17 @@ def one_sentence(result) -> str:
         (["generate", "Once", *GUIDED, "--k", "257"], "k is 257; allowed are"),
         (["generate", "Once", "--guide", "grumpy"], "unknown guide 'grumpy'"),
         (["generate", "Once", "--guide", "a=./nowhere"], "no guide at './nowhere'"),
-        (["generate", "Once", "--model", "./nowhere"], "'./nowhere'"),
+        (["generate", "Once", "--guide", "cheerful:x"], "weight of guide 'cheerful' is 'x'"),
+        (["generate", "Once", "--guide", "c=./cheerful:x"], "no guide at './cheerful:x'"),
+        (["generate", "Once", *GUIDED, "--rule", "none"], "allowed with rule vas or args"),
+        (
+            ["generate", "Once", *GUIDED, "--guide-base", "stories"],
+            "allowed with --guide NAME=PATH",
+        ),
+        (["generate", "Once", "--model", "./nowhere"], "no model at './nowhere': there is no such"),
+        (["generate", "Once", "--model", "cheerful"], "no model at 'cheerful': it is a guide"),
+        (["generate", "Once", "--model", "no-such/model"], "the hub cannot be reached"),
+        (["generate", "Once", "--guide", "g=no-such/guide"], "the hub cannot be reached"),
         (["generate", "Once", *GUIDED, "--rule", "dpo"], "allowed are vas, args, none"),
         (["generate", "Once", "--dtype", "int8"], "dtype is 'int8'; allowed are auto, float32"),
         (["generate", "Once", "--device", "toaster"], "device is 'toaster'"),
@@ -45,6 +56,16 @@ def one_sentence(result) -> str:
         (["generate", "Once", "--output", "./nowhere/out"], "cannot write to './nowhere/out'"),
         (["generate", "Once", "--output", "/"], "cannot write to '/'"),
         (["generate"], "standard input holds no prompt"),
+        (["generate", "Once", "--k", "many"], "'--k': 'many'; allowed are whole numbers"),
+        (["generate", "Once", "--n", "1.5"], "'--n': '1.5'; allowed are whole numbers"),
+        (["generate", "Once", "--seed", ""], "'--seed': ''; allowed are whole numbers"),
+        (["generate", "Once", "--beta", "x"], "'--beta': 'x'; allowed are numbers"),
+        (["generate", "Once", "--n", "100001"], "n is 100001; allowed are"),
+        (["generate", "Once", "--guide"], "'--guide' requires an argument"),
+        (["generate", "Once", "--bogus"], "no such option: --bogus"),
+        (["--bogus"], "no such option: --bogus"),
+        (["generat"], "no such command 'generat'"),
+        (["demo", "--n", "few"], "'--n': 'few'; allowed are whole numbers"),
         (["demo", "--beta", "inf"], "beta is inf; allowed are"),
         (["demo", "--n", "0"], "n is 0; allowed are"),
         (["demo", "--prompt", ""], "the prompt is empty"),
@@ -60,6 +81,24 @@ def test_k_above_the_vocabulary(run, tiny_model, tiny_guide):
         run("generate", "w1", *guide, "--k", 31)
     )
     assert run("generate", "w1", *guide, "--k", 30, "--max-tokens", 3).exit_code == 0
+
+
+def test_a_base_of_other_shape_is_refused(run, copied, tiny_model):
+    guide = ("--guide", f"g={copied('cheerful')}", "--guide-base", tiny_model)
+    assert "does not fit the model" in one_sentence(run("generate", "Once", *guide))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_named(run, start):
+    words = ("generate", "Once", "--max-tokens", 4)
+    message = "cannot write to '/dev/full': No space left on device"
+    assert one_sentence(run(*words, "--output", "/dev/full")) == message
+    assert one_sentence(run(*words, "--output", "/dev/full", "--stream")) == message
+    with Path("/dev/full").open("w") as full:
+        process = start(*words, stdout=full)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert errors == "error: cannot write to standard output: No space left on device\n"
 
 
 def test_a_guide_for_other_tokens(run, tiny_guide):
@@ -104,6 +143,7 @@ def test_one_bad_prompt_fails_alone(run, stream):
     assert "== prompt 0, sample 0 ==" in result.stdout
     assert "== prompt 2, sample 0 ==" in result.stdout
     assert "prompt 1" not in result.stdout
+    assert result.stdout.index("prompt 0") < result.stdout.index("prompt 2")
 
 
 def test_one_bad_prompt_is_a_json_line_too(run):

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
+import shutil
 from typing import Any
 
 import pytest
+
+from fastguide.assets import packaged
+from fastguide.cli.arguments import parse_guides
+from fastguide.cli.loading import load_engine
+from fastguide.cli.output import Printer
+from fastguide.request import Completion
 
 SHORT = ("--max-tokens", 8, "--seed", 3)
 SCHEMA = {
@@ -24,10 +33,9 @@ SCHEMA = {
 
 
 def records(result) -> list[dict[str, Any]]:
-    """The JSON lines that a command printed, in the order of prompts and samples."""
+    """The JSON lines that a command printed."""
     assert result.exit_code == 0, result.output
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    return sorted(found, key=lambda record: (record["prompt"], record["sample"]))
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def test_text_of_one_prompt_is_printed_alone(run):
@@ -58,10 +66,81 @@ def test_the_seed_decides(run):
     assert texts(1) != texts(2)
 
 
-def test_a_guide_changes_the_text_and_rule_none_does_not(run):
+def test_a_seed_gives_a_text_again_whatever_stands_beside_it(run):
+    """The packaged model and its guides run in float32, unless another dtype is asked for."""
+    guided = ("--guide", "cheerful", "--beta", 4, "--max-tokens", 24, "--json")
+    many = records(run("generate", "Tom", "Once upon a time", "--n", 3, "--seed", 8, *guided))
+    chosen = many[5]
+    assert (chosen["prompt"], chosen["sample"]) == (1, 2)
+    (again,) = records(run("generate", "Once upon a time", "--seed", chosen["seed"], *guided))
+    assert again["token_ids"] == chosen["token_ids"]
+    assert again["sample"] == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "expected"),
+    [
+        (None, None, "float32"),
+        ("stories", None, "float32"),
+        (None, "auto", "bfloat16"),
+        (None, "float16", "float16"),
+        ("path", None, "bfloat16"),
+    ],
+)
+def test_dtype_of_model_and_guides(stories, model, dtype, expected):
+    path = stories if model == "path" else model
+    engine = load_engine(path, parse_guides(["cheerful"]), dtype=dtype)
+    assert str(engine.runner.policy.model.dtype) == f"torch.{expected}"
+    guide = engine.runner.scorers["cheerful"].decoder.model
+    assert str(guide.dtype) == f"torch.{expected}"
+
+
+def test_texts_come_in_the_order_of_the_prompts(run, tmp_path):
+    """Though the first is the last to end: it is the only one without a stop."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\n" + "and " * 1015 + "\n" + "and " * 1018 + "\n")
+    words = ("--input", prompts, "--max-tokens", 12, "--seed", 1, "--n", 2)
+    found = records(run("generate", *words, "--json"))
+    order = [(prompt, sample) for prompt in range(3) for sample in range(2)]
+    assert [(r["prompt"], r["sample"]) for r in found] == order
+    lengths = [len(r["token_ids"]) for r in found]
+    assert lengths[0] > lengths[2] > lengths[4]
+    titles = re.findall(r"(?m)^== .* ==$", run("generate", *words).stdout)
+    assert titles == [f"== prompt {prompt}, sample {sample} ==" for prompt, sample in order]
+
+
+def test_what_waits_for_another_is_printed_in_the_end():
+    file = io.StringIO()
+    printer = Printer(file, ["a", "b", "c", "d"], samples=2, as_json=False)
+    for prompt, sample in ((1, 1), (2, 0), (1, 0), (0, 1)):
+        printer.add(Completion(prompt, sample, "text", finish_reason="stop"))
+    assert file.getvalue() == ""
+    printer.add(Completion(0, 0, "text", finish_reason="aborted"))
+    assert file.getvalue().count("==\ntext") == 5
+    printer.add(Completion(3, 1, "text", finish_reason="stop"))
+    printer.flush()
+    titles = re.findall(r"prompt (\d), sample (\d)", file.getvalue())
+    assert [int(p + s) for p, s in titles] == [0, 1, 10, 11, 20, 31]
+    assert (printer.finished, printer.aborted) == (5, 1)
+
+
+def test_a_refused_prompt_holds_nothing_up(capsys):
+    file = io.StringIO()
+    printer = Printer(file, ["a", "b", "c"], samples=2, as_json=False)
+    printer.add(Completion(1, 0, finish_reason="error", error="prompt 1: bad"))
+    failed = Completion(0, 0, finish_reason="error", error="prompt 0: odd", prompt_tokens=3)
+    for completion in (failed, Completion(0, 1, "x", finish_reason="stop"),
+                       Completion(2, 0, "y", finish_reason="stop")):  # fmt: skip
+        printer.add(completion)
+    assert file.getvalue() == "== prompt 0, sample 1 ==\nx\n== prompt 2, sample 0 ==\ny\n"
+    assert printer.failed == 2
+    assert "prompt 1: bad" in capsys.readouterr().err
+
+
+def test_a_guide_changes_the_text(run):
     plain = records(run("generate", "Once upon a time", *SHORT, "--json"))
     guide = ("--guide", "cheerful")
-    none = records(run("generate", "Once upon a time", *guide, "--rule", "none", *SHORT, "--json"))
+    none = records(run("generate", "Once upon a time", "--rule", "none", *SHORT, "--json"))
     zero = records(run("generate", "Once upon a time", *guide, "--beta", 0, *SHORT, "--json"))
     high = records(run("generate", "Once upon a time", *guide, "--beta", 50, *SHORT, "--json"))
     assert none[0]["token_ids"] == zero[0]["token_ids"] == plain[0]["token_ids"]
@@ -77,6 +156,22 @@ def test_args_and_named_paths(run, copied):
         run("generate", "Tom", "--guide", guide, *rule, "--temperature", 0, *SHORT, "--json")
     )
     assert found["mean_score"] is not None
+
+
+def test_a_copied_guide_is_given_its_base(run, tmp_path):
+    shutil.copytree(packaged("cheerful"), tmp_path / "copied")
+    words = ("generate", "Tom", *SHORT, "--json", "--guide")
+    lost = run(*words, f"joy={tmp_path}/copied")
+    assert lost.exit_code == 2
+    assert (
+        f"error: the guide '{tmp_path}/copied' is a LoRA on '../stories', but there is no model at "
+        "'../stories': there is no such folder; name its base model with ValueGuide(path, "
+        "base=...), or with --guide-base\n" == lost.stderr
+    )
+    (found,) = records(run(*words, f"joy={tmp_path}/copied", "--guide-base", "stories"))
+    (expected,) = records(run(*words, "cheerful"))
+    assert found["token_ids"] == expected["token_ids"]
+    assert found["mean_score"] == pytest.approx(expected["mean_score"], abs=1e-4)
 
 
 def test_a_classifier_is_a_reward_guide(run, tiny_model, tiny_guide):
@@ -114,9 +209,9 @@ def test_stop_ends_the_text(run):
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_streamed_text_is_the_blocking_one(run, samples):
     many = ("Once upon a time", "Tom", "--guide", "cheerful", "--n", samples, "--stop", "said")
-    exact = ("--seed", 5, "--max-tokens", 24, "--dtype", "float32")  # bfloat16 rounds by batch
-    streamed = run("generate", *many, *exact, "--stream")
-    found = records(run("generate", *many, *exact, "--json"))
+    settings = ("--seed", 5, "--max-tokens", 24)
+    streamed = run("generate", *many, *settings, "--stream")
+    found = records(run("generate", *many, *settings, "--json"))
     blocks = "".join(
         f"== prompt {r['prompt']}, sample {r['sample']} ==\n{r['text']}\n" for r in found
     )
