@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import typer
+
 from fastguide.cli import options
 from fastguide.cli.arguments import parse_guides
-from fastguide.cli.demo_view import Mean, Outcome, Setting, show
+from fastguide.cli.demo_view import Mean, Outcome, Setting, propose, show
 from fastguide.cli.loading import load_engine
+from fastguide.cli.output import opened
 from fastguide.config import VAS
 from fastguide.request import Completion, SamplingParams
 
@@ -43,23 +46,28 @@ def demo(
     beta: options.DemoBeta = BETA,
     seed: options.DemoSeed = 0,
 ) -> None:
-    """Show the same stories unguided and steered, side by side."""
+    """Show the same stories unguided and steered; side by side from 130 columns."""
     from fastguide.engine.progress import progress
 
     prompts = tuple(prompt or PROMPTS)
     rule = VAS(beta=beta)
     sampling = SamplingParams(temperature=TEMPERATURE, max_tokens=max_tokens, seed=seed, n=samples)
-    engine = load_engine(None, parse_guides(["cheerful", "brief"]), dtype="float32")
+    engine = load_engine(None, parse_guides(["cheerful", "brief"]))
     outcomes: list[Outcome] = []
-    try:
-        with progress(len(SETTINGS), what="settings") as note:
-            for i, setting in enumerate(SETTINGS):
-                note(i)
-                outcomes.append(run(engine, setting, prompts, rule, sampling))
-    except KeyboardInterrupt:
+    with opened(None):
+        try:
+            with progress(len(SETTINGS), what="settings") as note:
+                for i, setting in enumerate(SETTINGS):
+                    note(i)
+                    outcomes.append(run(engine, setting, prompts, rule, sampling))
+        except KeyboardInterrupt:
+            if outcomes:
+                show(prompts, outcomes, rule, sampling)
+            done = f"{len(outcomes)} of {len(SETTINGS)} settings"
+            typer.echo(f"interrupted after {done}", err=True)
+            raise
         show(prompts, outcomes, rule, sampling)
-        raise
-    show(prompts, outcomes, rule, sampling)
+        propose()
 
 
 def run(

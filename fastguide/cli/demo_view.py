@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import shlex
+import shutil
+import sysconfig
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 
 from rich import box
@@ -42,16 +47,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with the half width of its 95 % interval."""
+    """A mean with the half width of its 95 % interval, if there is one."""
 
     value: float
-    margin: float
+    margin: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
         """Of independent values; no interval for a single one."""
-        spread = stdev(values) if len(values) > 1 else 0.0
-        return cls(fmean(values), 1.96 * spread / len(values) ** 0.5)
+        if len(values) == 1:
+            return cls(values[0], None)
+        return cls(fmean(values), 1.96 * stdev(values) / len(values) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,8 @@ class Outcome:
 def show(
     prompts: Sequence[str], outcomes: Sequence[Outcome], rule: VAS, sampling: SamplingParams
 ) -> None:
-    """Print the stories, the averages and what to try next."""
-    console = Console(highlight=False)
-    console = Console(highlight=False, width=min(console.width, MOST_WIDTH))
-    if not outcomes:
-        return
+    """Print the stories and the averages of the settings that are done: one or more."""
+    console = _console()
     lay_out = _columns if console.width >= WIDE and console.is_terminal else _rows
     for i, prompt in enumerate(prompts):
         console.print()
@@ -82,19 +85,47 @@ def show(
         console.print(lay_out([(o, _story(o, i)) for o in outcomes]))
     console.print(_averages(outcomes))
     console.print(Text(_legend(len(prompts), rule, sampling), style="dim"))
+
+
+def propose() -> None:
+    """Print what to try next, after what makes the shell find the command."""
+    console = _console()
     console.print("\nTry next:")
-    for command in NEXT:
+    for command in (*_activation(), *NEXT):
         console.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
 
 
+def _console() -> Console:
+    console = Console(highlight=False)
+    return Console(highlight=False, width=min(console.width, MOST_WIDTH))
+
+
+def _activation() -> list[str]:
+    """The command that puts this environment on the PATH, unless it is there."""
+    if shutil.which("fastguide"):
+        return []
+    scripts = Path(sysconfig.get_path("scripts"))
+    activate, here = scripts / "activate", Path.cwd()
+    if not activate.is_file():
+        return [f'export PATH="$PATH:{scripts}"']
+    near = activate.relative_to(here) if activate.is_relative_to(here) else activate
+    return [f"source {shlex.quote(str(near))}" if os.name != "nt" else str(near)]
+
+
 def _legend(prompts: int, rule: VAS, sampling: SamplingParams) -> str:
+    responses = prompts * sampling.n
+    intervals = "with 95 % intervals" if responses > 1 else "too few for an interval"
     return (
-        f"Means of {prompts * sampling.n} responses each ({prompts} prompts, {sampling.n} samples) "
-        "with 95 % intervals; the stories shown are the first samples. Cheerfulness: VADER, in "
-        "standard deviations of unguided responses. KL: from the base model, per response. "
-        f"VAS, beta {rule.beta:g}, k {rule.k}, temperature {sampling.temperature:g}, at most "
-        f"{sampling.max_tokens} tokens."
+        f"Means of {_count(responses, 'response')} each ({_count(prompts, 'prompt')}, "
+        f"{_count(sampling.n, 'sample')}), {intervals}; the stories shown are the first samples. "
+        "Cheerfulness: VADER, in standard deviations from the mean of unguided training "
+        f"responses. KL: from the base model, per response. VAS, beta {rule.beta:g}, k {rule.k}, "
+        f"temperature {sampling.temperature:g}, at most {_count(sampling.max_tokens, 'token')}."
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _story(outcome: Outcome, prompt: int) -> Text:
@@ -109,7 +140,7 @@ def _story(outcome: Outcome, prompt: int) -> Text:
         if abs(valence) >= 1.0:
             story.stylize("green" if valence > 0 else "red", word.start(), word.end())
     more = " …" if begun != words or found.finish_reason == "length" else ""
-    return story.append(f"{more} ({len(found.token_ids)} tokens)", style="dim")
+    return story.append(f"{more} ({_count(len(found.token_ids), 'token')})", style="dim")
 
 
 @functools.cache
@@ -156,4 +187,5 @@ def _averages(outcomes: Sequence[Outcome]) -> Table:
 
 def _number(mean: Mean, form: str) -> str:
     value = round(mean.value, 4) + 0.0  # + 0.0 turns -0.0 into 0.0
-    return f"{value:{form}} ± {mean.margin:{form.lstrip('+')}}"
+    margin = "–" if mean.margin is None else f"{mean.margin:{form.lstrip('+')}}"
+    return f"{value:{form}} ± {margin}"
