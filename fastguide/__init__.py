@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastguide.request import (
         Completion as Completion,
         GenerationError as GenerationError,
+        GenerationInterrupt as GenerationInterrupt,
         Piece as Piece,
         SamplingParams as SamplingParams,
     )

@@ -151,6 +151,21 @@ def test_the_check_sees_what_it_should(module: str, source: str, wrong: bool) ->
     assert bool(violations(module, source)) == wrong
 
 
+def test_type_checkers_see_what_the_package_exports() -> None:
+    import fastguide
+
+    tree = ast.parse((ROOT / "fastguide/__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    shown = {
+        alias.name: (node.module or "").removeprefix("fastguide.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert shown == fastguide._HOME
+    assert sorted(shown) == fastguide.__all__
+
+
 # ----------------------------------------------------------------------------------- files
 
 
