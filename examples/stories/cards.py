@@ -89,7 +89,7 @@ ABOUT = (
 
 RECIPE = (
     "A LoRA (rank {rank}, all linear layers) and a scalar head, initialised at zero, on `stories`; "
-    "trained by TD(λ), λ = {lam:g}, γ = {gamma:g}, on {rollouts:,} responses of `stories` at "
+    "trained by TD(λ), λ = {lam:g}, γ = {gamma:g}, on {trained_on:,} responses of `stories` at "
     "temperature {temperature:g}, up to {max_tokens} tokens, to openings of the training stories. "
     "AdamW, peak learning rate {learning_rate:g}, {epochs}, batches of {batch_size}, {schedule} "
     "decay, average of the weights with decay {ema}. `python examples/stories/recipe.py` makes it "
@@ -153,6 +153,7 @@ def guide_card(folder: Path, record: dict[str, Any]) -> str:
         **WHAT[config.reward.name],
         **config.training,
         **hyper,
+        "trained_on": config.training["rollouts"] - config.training["validation_episodes"],
         "epochs": "1 epoch" if epochs == 1 else f"{epochs} epochs",
         "mean": config.reward.mean,
         "std": config.reward.std,

@@ -164,12 +164,12 @@ def make_guide(guide: Guide, rollouts: list[Rollout], options: argparse.Namespac
 
 
 def split(episodes: list[Episode]) -> tuple[list[Episode], list[Episode]]:
-    """Training and validation episodes: a twentieth of the prompts, by hash, is held out."""
+    """Training and validation episodes: about a twentieth of the prompts, by hash, is held out."""
     train, valid = [], []
     for episode in episodes:
         held = zlib.crc32(repr(episode.prompt_ids).encode()) % 20 == 0
         (valid if held else train).append(episode)
-    return train, valid[:1000]
+    return train, valid
 
 
 def _checksum(base: Path) -> str:
