@@ -5,6 +5,7 @@ python docs/draw_step.py
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -59,13 +60,18 @@ def step() -> list[Candidate]:
     ]
 
 
+def number(value: float) -> str:
+    """A coordinate, to two decimals: what another machine computes differs in later ones."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
 def text(x: float, y: float, words: str, size: int = 14, colour: str = INK, **others: str) -> str:
     """One line of text; ``anchor`` and ``weight`` are optional."""
     extra = f' text-anchor="{others["anchor"]}"' if "anchor" in others else ""
     extra += f' font-weight="{others["weight"]}"' if "weight" in others else ""
     family = others.get("family", "system-ui, Segoe UI, Helvetica, Arial, sans-serif")
     return (
-        f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{colour}" '
+        f'<text x="{number(x)}" y="{number(y)}" font-size="{size}" fill="{colour}" '
         f'font-family="{family}"{extra}>{escape(words)}</text>'
     )
 
@@ -73,15 +79,16 @@ def text(x: float, y: float, words: str, size: int = 14, colour: str = INK, **ot
 def box(x: float, y: float, width: float, height: float, fill: str, line: str = "none") -> str:
     """A rounded rectangle."""
     return (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" '
-        f'fill="{fill}" stroke="{line}"/>'
+        f'<rect x="{number(x)}" y="{number(y)}" width="{number(width)}" '
+        f'height="{number(height)}" rx="3" fill="{fill}" stroke="{line}"/>'
     )
 
 
 def line(x1: float, y1: float, x2: float, y2: float, arrow: bool = False) -> str:
     """A thin line, with a head if it is an arrow."""
     head = ' marker-end="url(#head)"' if arrow else ""
-    return f'<path d="M{x1:g} {y1:g}L{x2:g} {y2:g}" stroke="{DIM}" fill="none"{head}/>'
+    way = f"M{number(x1)} {number(y1)}L{number(x2)} {number(y2)}"
+    return f'<path d="{way}" stroke="{DIM}" fill="none"{head}/>'
 
 
 def share(probability: float) -> str:
@@ -147,5 +154,6 @@ def draw(candidates: list[Candidate]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     TARGET.write_text(draw(step()), encoding="utf-8")
     print(TARGET)
