@@ -14,6 +14,8 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,24 +25,36 @@ SPEED = ROOT / "benchmarks/results"
 
 
 def demo() -> str:
-    """What ``fastguide demo`` prints into a file, 96 columns wide."""
+    """What ``make demo`` prints into a file, 96 columns wide: its environment is not active."""
     code = "from fastguide.cli import main; main()"
-    environment = os.environ | {"COLUMNS": "96", "TERM": "dumb"}
+    scripts = sysconfig.get_path("scripts")
+    path = os.pathsep.join(p for p in os.get_exec_path() if p != scripts)
     result = subprocess.run(
         [sys.executable, "-c", code, "demo"],
         capture_output=True,
         text=True,
         check=True,
-        env=environment,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "96", "TERM": "dumb", "PATH": path},
     )
     lines = [line.rstrip() for line in result.stdout.strip("\n").splitlines()]
     return "\n".join(["```text", "$ make demo", *lines, "```"])
 
 
 def quality() -> str:
-    """The guides' effect over β, from ``docs/results/stories.json``."""
+    """The guides' effect over β and how it was measured, from ``docs/results/stories.json``."""
     record = json.loads(QUALITY.read_text(encoding="utf-8"))
+    setting = record["setting"]
+    limits = " and ".join(f"{most} tokens for {n}" for n, most in setting["max_tokens"].items())
+    text = (
+        f"{setting['prompts']} prompts, {setting['samples_per_prompt']} responses each, "
+        f"temperature {setting['temperature']}, k = {setting['k']}, at most {limits}; "
+        "± is a 95 % interval. The reward is counted in standard deviations σ from the mean of the "
+        "unguided *training* responses, so on these prompts it is not 0 at β = 0 either."
+    )
     lines = [
+        textwrap.fill(text, 100, break_on_hyphens=False),
+        "",
         "| guide | β | reward, σ | tokens | KL per response |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -32,10 +35,9 @@ def block(name: str) -> str:
     return found[1].strip()
 
 
-@pytest.fixture(scope="module")
-def refresh() -> ModuleType:
-    """``docs/refresh_readme.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs/refresh_readme.py")
+def script(path: str) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -43,12 +45,23 @@ def refresh() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if blocks((ROOT / n).read_text(), "python")])
-def test_python_runs(name: str) -> None:
-    """The blocks of a page run one after the other, as a reader would type them."""
-    shared: dict[str, object] = {}
-    for i, code in enumerate(blocks((ROOT / name).read_text(encoding="utf-8"), "python")):
-        exec(compile(code, f"{name}, block {i}", "exec"), shared)
+@pytest.fixture(scope="module")
+def refresh() -> ModuleType:
+    """``docs/refresh_readme.py`` as a module."""
+    return script("docs/refresh_readme.py")
+
+
+SNIPPETS = [
+    pytest.param(code, id=f"{name}-{i}")
+    for name in NAMES
+    for i, code in enumerate(blocks((ROOT / name).read_text(encoding="utf-8"), "python"))
+]
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
+def test_python_runs(code: str) -> None:
+    """Each block alone, as a reader would copy it."""
+    exec(compile(code, "block", "exec"), {})
 
 
 def commands() -> list[tuple[str, str]]:
@@ -66,13 +79,13 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "line"), commands())
 def test_commands_exist(page: str, line: str) -> None:
     """Targets of make, files of python, commands and options of fastguide."""
-    program, *arguments = shlex.split(line.split("|")[-1])
+    program, *arguments = shlex.split(line.split("|")[-1], comments=True)
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
     elif program == "python":
         assert (ROOT / arguments[0]).is_file()
-    elif arguments[0] not in ("--help", "COMMAND"):
+    elif program not in ("pip", "source") and arguments[0] not in ("--help", "COMMAND"):
         assert program == "fastguide"
         command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
         command.make_context(arguments[0], arguments[1:])
@@ -116,3 +129,33 @@ def test_the_demo_block_is_of_this_demo() -> None:
     shown = block("demo")
     for words in (*PROMPTS, *(setting.name for setting in SETTINGS), "Try next:"):
         assert words in shown
+
+
+def test_the_picture_is_of_this_model() -> None:
+    """``python docs/draw_step.py`` makes it current, and gives the same on another machine."""
+    draw = script("docs/draw_step.py")
+    numbers = re.compile(r"-?\d+(?:\.\d+)?")
+    kept = (ROOT / "docs/step.svg").read_text(encoding="utf-8")
+    drawn = draw.draw(draw.step())
+    assert numbers.sub("0", drawn) == numbers.sub("0", kept)
+    found, expected = (list(map(float, numbers.findall(text))) for text in (drawn, kept))
+    assert found == pytest.approx(expected, abs=0.02)
+    assert not re.search(r"\d\.\d{3}", kept)
+
+
+@pytest.mark.parametrize("path", ["docs/draw_step.py", "docs/refresh_readme.py"])
+def test_scripts_have_help_and_write_nothing_for_it(path: str) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / path, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["cheerful", "brief"])
+def test_cards_say_what_was_trained_on(name: str) -> None:
+    """Not the responses that were held out."""
+    folder = ROOT / "fastguide/assets" / name
+    facts = json.loads((folder / "guide_config.json").read_text(encoding="utf-8"))["training"]
+    trained_on = facts["rollouts"] - facts["validation_episodes"]
+    card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    assert f"on {trained_on:,} responses of `stories`" in card

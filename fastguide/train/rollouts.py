@@ -3,7 +3,8 @@
 The folder holds ``shard-00000.jsonl.gz``, … (one rollout per line) and ``manifest.json``, which
 lists the finished shards. A shard counts once the manifest names it; both are written to a
 temporary name and renamed. Draws depend on seed, prompt and position only, so that a shard made
-again after a kill is the same shard: nothing is lost and nothing is there twice.
+again after a kill is the same shard: nothing is lost and nothing is there twice. (In bf16 and fp16
+that takes the same ``max_rows``, too: other batches round otherwise.)
 """
 
 from __future__ import annotations
