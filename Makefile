@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck format bench clean
+.PHONY: help demo test sanitize lint typecheck format bench clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
@@ -19,6 +19,14 @@ demo: $(VENV)/.installed  ## steer the packaged model with its guides, side by s
 
 test: $(VENV)/.installed-test  ## run the whole test-suite, slow tests included
 	@$(BIN)/pytest
+
+# The sanitized extension comes first on the path, before the editable installation's.
+sanitize: $(VENV)/.installed-test  ## run the tests of the C++ ops with sanitizers
+	FASTGUIDE_REQUIRE_NATIVE=1 FASTGUIDE_SANITIZE=1 $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -p no:cacheprovider tests/kernels -k native
 
 lint: $(VENV)/.installed-dev  ## check style and types of Python and C++
 	$(BIN)/ruff check

@@ -19,13 +19,13 @@ import transformers
 RESULTS = Path(__file__).parent / "results"
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
+def spread(seconds: Sequence[float], digits: int = 3) -> dict[str, float]:
     """Median, 20th and 80th percentile in milliseconds."""
     ordered = sorted(seconds)
     return {
-        "ms": round(1e3 * statistics.median(ordered), 3),
-        "p20_ms": round(1e3 * ordered[len(ordered) // 5], 3),
-        "p80_ms": round(1e3 * ordered[(4 * len(ordered)) // 5], 3),
+        "ms": round(1e3 * statistics.median(ordered), digits),
+        "p20_ms": round(1e3 * ordered[len(ordered) // 5], digits),
+        "p80_ms": round(1e3 * ordered[(4 * len(ordered)) // 5], digits),
     }
 
 
@@ -59,20 +59,23 @@ def _cpu_name() -> str:
 
 
 def rooflines(dtype: torch.dtype, device: str) -> dict[str, float]:
-    """Read bandwidth and matmul rate of this device, measured now.
+    """Read and copy bandwidth and matmul rate of this device, measured now.
 
-    Bandwidth is that of a matrix-vector product over 256 MB, the access pattern of a decode
-    step; the matmul is square.
+    Reading is a matrix-vector product over 256 MB, the access pattern of a decode step; a copy
+    counts what it reads and writes; the matmul is square.
     """
     size = 4096 if device == "cpu" else 16384
     big = torch.randn(32768, size, device=device, dtype=torch.float32).to(dtype)
     vector = torch.randn(1, size, device=device, dtype=torch.float32).to(dtype)
     read = best(lambda: torch.nn.functional.linear(vector, big), 7, device)
+    target = torch.empty_like(big)
+    copy = best(lambda: target.copy_(big), 7, device)
     square = big[:2048, :2048].contiguous() if device == "cpu" else big[:size, :size]
     rows = square.shape[0]
     matmul = best(lambda: square @ square, 7, device)
     return {
         "read_GB_per_s": round(big.nbytes / read / 1e9, 1),
+        "copy_GB_per_s": round(2 * big.nbytes / copy / 1e9, 1),
         "matmul_GFLOP_per_s": round(2 * rows**3 / matmul / 1e9, 1),
     }
 
@@ -96,8 +99,8 @@ def _wait(device: str) -> None:
 
 
 def save(name: str, record: dict[str, Any]) -> Path:
-    """Write a record to ``benchmarks/results/NAME.json``."""
+    """Write a record to ``benchmarks/results/NAME.json``, or to a path that ends in .json."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = Path(name) if name.endswith(".json") else RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path

@@ -1,42 +1,159 @@
-// Python bindings. Tensors arrive as addresses and strides, so that no torch header is needed and
-// one build serves every torch version; fastguide/kernels/native.py checks them first.
+// Python bindings. Of a tensor only its address is taken, by asking the Python object for it, so
+// no torch header is needed and one build serves every torch version. Shapes, dtypes and
+// contiguity are the business of fastguide/kernels/native.py.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
-#include "topk_logsumexp.hpp"
+#include "attention.hpp"
+#include "lora.hpp"
+#include "parallel.hpp"
+#include "returns.hpp"
+#include "sampling.hpp"
+#include "vocabulary.hpp"
 
 namespace py = pybind11;
+using namespace fastguide;
+using std::int32_t, std::int64_t;
 
 namespace {
 
+// The elements of a contiguous tensor.
 template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+struct Array {
+  T* data;
+  operator T*() const { return data; }
+};
 
-void topk_logsumexp(std::uintptr_t logits, std::uintptr_t inv_temperature, std::uintptr_t values,
-                    std::uintptr_t ids, std::uintptr_t lse, std::int64_t rows, std::int64_t vocab,
-                    std::int64_t row_stride, std::int64_t k, int dtype, int threads) {
-  if (dtype < 0 || dtype > 2) {
-    throw py::value_error("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), not " +
-                          std::to_string(dtype) + ".");
-  }
-  const py::gil_scoped_release release;
-  fastguide::topk_logsumexp({pointer<const void>(logits), pointer<const float>(inv_temperature),
-                             pointer<float>(values), pointer<std::int32_t>(ids),
-                             pointer<double>(lse), rows, vocab, row_stride, k,
-                             static_cast<fastguide::DType>(dtype), threads});
+std::uintptr_t ask(py::handle tensor, const char* method) {
+  return tensor.attr(method)().cast<std::uintptr_t>();
 }
 
 }  // namespace
 
+namespace pybind11::detail {
+
+template <typename T>
+struct type_caster<Array<T>> {
+  PYBIND11_TYPE_CASTER(Array<T>, const_name("torch.Tensor"));
+  bool load(handle tensor, bool) {
+    value = {reinterpret_cast<T*>(ask(tensor, "data_ptr"))};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<Reals> {
+  PYBIND11_TYPE_CASTER(Reals, const_name("torch.Tensor"));
+  bool load(handle tensor, bool) {
+    value.data = reinterpret_cast<const void*>(ask(tensor, "data_ptr"));
+    value.wide = ask(tensor, "element_size") == sizeof(double);
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native CPU ops of fastguide; use them through fastguide.kernels.";
-  module.attr("has_openmp") = fastguide::has_openmp();
-  module.def("topk_logsumexp", &topk_logsumexp, py::arg("logits"), py::arg("inv_temperature"),
-             py::arg("values"), py::arg("ids"), py::arg("lse"), py::kw_only(), py::arg("rows"),
-             py::arg("vocab"), py::arg("row_stride"), py::arg("k"), py::arg("dtype"),
-             py::arg("threads"),
-             "Addresses of contiguous arrays, but for the stride between rows of logits.");
+  module.attr("has_openmp") = has_openmp;
+  module.def("supported", [](int isa) { return supported(static_cast<Isa>(isa)); });
+
+  module.def("topk_logsumexp",
+             [](Array<void> logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                Array<float> inv_temperature, int64_t k, Array<float> values, Array<int32_t> ids,
+                Array<double> lse, int isa, int threads) {
+               const py::gil_scoped_release release;
+               topk_logsumexp({logits, DType{dtype}, rows, vocab, row_stride, inv_temperature}, k,
+                              values, ids, lse, Isa{isa}, threads);
+             });
+
+  module.def("sample_tail",
+             [](Array<void> logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                Array<float> inv_temperature, Array<int32_t> count, Array<double> fraction,
+                Array<int64_t> token, Array<double> z, int threads) {
+               const py::gil_scoped_release release;
+               sample_tail({logits, DType{dtype}, rows, vocab, row_stride, inv_temperature}, count,
+                           fraction, token, z, threads);
+             });
+
+  module.def("guide_sample",
+             [](Array<void> logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                Array<float> inv_temperature, int64_t columns, Reals values, Array<int32_t> ids,
+                Array<double> lse, int64_t guides, Reals scores, Array<double> guide_weights,
+                Array<int32_t> count, Array<int32_t> mode, Array<double> scale,
+                Array<double> weight, Array<int64_t> seed, Array<int64_t> position,
+                Array<int64_t> token, Array<int64_t> source, Array<float> score,
+                Array<float> logprob, Array<float> base_logprob, Array<float> kl, int threads) {
+               const py::gil_scoped_release release;
+               guide_sample({{logits, DType{dtype}, rows, vocab, row_stride, inv_temperature},
+                             columns,
+                             guides,
+                             values,
+                             ids,
+                             lse,
+                             scores,
+                             guide_weights,
+                             count,
+                             mode,
+                             scale,
+                             weight,
+                             seed,
+                             position,
+                             token,
+                             source,
+                             score,
+                             logprob,
+                             base_logprob,
+                             kl},
+                            threads);
+             });
+
+  module.def(
+      "tree_attention",
+      [](int dtype, int64_t rows, int64_t heads, int64_t kv_heads, int64_t pool, int64_t width,
+         int64_t value_width, Array<void> query, int64_t query_stride, int64_t query_head_stride,
+         Array<void> keys, int64_t key_stride, int64_t key_head_stride, Array<void> values,
+         int64_t value_stride, int64_t value_head_stride, int64_t requests, int64_t slot_count,
+         Array<int32_t> slots, Array<int32_t> slot_starts, Array<int32_t> row_starts,
+         Array<int32_t> trunk, Array<int32_t> branch, float scaling, int64_t window, float softcap,
+         Array<void> out, int isa, int threads) {
+        const py::gil_scoped_release release;
+        tree_attention({DType{dtype},
+                        rows,
+                        heads,
+                        kv_heads,
+                        pool,
+                        width,
+                        value_width,
+                        {query, query_stride, query_head_stride},
+                        {keys, key_stride, key_head_stride},
+                        {values, value_stride, value_head_stride},
+                        {requests, slot_count, slots, slot_starts, row_starts, trunk, branch},
+                        scaling,
+                        window,
+                        softcap,
+                        out},
+                       Isa{isa}, threads);
+      });
+
+  module.def("lora_rows", [](int dtype, int64_t rows, int64_t inputs, int64_t outputs,
+                             int64_t adapters, int64_t rank, Array<void> base, int64_t base_stride,
+                             Array<void> x, int64_t x_stride, Array<void> a, Array<void> b,
+                             Array<int32_t> segments, Array<void> out, int isa, int threads) {
+    const py::gil_scoped_release release;
+    lora_rows({DType{dtype}, rows, inputs, outputs, adapters, rank, base, base_stride, x, x_stride,
+               a, b, segments, out},
+              Isa{isa}, threads);
+  });
+
+  module.def("td_lambda",
+             [](int dtype, int64_t rows, int64_t steps, Array<void> values, int64_t values_stride,
+                Array<void> rewards, int64_t rewards_stride, Array<bool> mask, double gamma,
+                double lam, Array<void> targets, int threads) {
+               const py::gil_scoped_release release;
+               td_lambda({DType{dtype}, rows, steps, values, values_stride, rewards, rewards_stride,
+                          mask, gamma, lam, targets},
+                         threads);
+             });
 }

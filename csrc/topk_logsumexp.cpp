@@ -1,341 +1,289 @@
-// One task is a run of one row. It walks its run in blocks that fit the L1 cache: widen and scale
-// to fp32, fold the block into a running log-sum-exp, and append to a small pool of candidates
-// those slices whose maximum beats the k-th best value so far; most slices are skipped by that
-// one comparison. A pool that is full is cut back to its k best. Rows with several runs are merged.
-#include "topk_logsumexp.hpp"
-
+// A task is a part of one row, read once. It is walked in blocks that fit the L1 cache: z in fp32
+// with the maximum of each slice of raw logits, then the sum of the exponentials. The k-th largest
+// maximum of disjoint groups of slices is a lower bound of the k-th largest logit, so only the few
+// slices that reach it are searched for the k best.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <cstddef>
 #include <functional>
 #include <limits>
 #include <numeric>
-#include <stdexcept>
-#include <string>
-#include <utility>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-// The vector loops are compiled once per instruction set and chosen when the library is loaded.
-#ifdef FASTGUIDE_TARGET_CLONES
-#define FASTGUIDE_VECTOR \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
-#else
-#define FASTGUIDE_VECTOR
-#endif
+#include "check.hpp"
+#include "ordering.hpp"
+#include "parallel.hpp"
+#include "vocabulary.hpp"
 
 namespace fastguide {
 namespace {
 
-constexpr std::int64_t kSlice = 64;      // elements that share one comparison with the k-th value
-constexpr std::int64_t kPartial = 256;   // elements whose exponentials are summed in fp32
-constexpr std::int64_t kBlock = 1024;    // elements that stay in the L1 cache between the loops
-constexpr std::int64_t kMinRun = 32768;  // about 10 us: shorter runs are not worth handing out
+constexpr std::int64_t kSlice = 128;       // logits that share one maximum
+constexpr std::int64_t kBlock = 2048;      // logits that stay in the L1 cache between two loops
+constexpr std::int64_t kChunk = 8192;      // logits whose mass is summed on its own: see Mass
+constexpr std::int64_t kMinShare = 32768;  // fewer logits are not worth a thread
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-inline float as_float(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline std::uint32_t as_bits(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// ------------------------------------------------------------------------------ vector loops
-
-FASTGUIDE_VECTOR void scale_fp32(const float* in, float factor, float* out, std::int64_t n) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) out[i] = in[i] * factor;
-}
-
-FASTGUIDE_VECTOR void scale_bf16(const std::uint16_t* in, float factor, float* out,
-                                 std::int64_t n) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    out[i] = as_float(static_cast<std::uint32_t>(in[i]) << 16) * factor;
-  }
-}
-
-// The exponent is rebiased by a multiplication, which also makes subnormals right.
-FASTGUIDE_VECTOR void scale_fp16(const std::uint16_t* in, float factor, float* out,
-                                 std::int64_t n) {
-  const float rebias = as_float(0x77800000);    // 2^112
-  const float overflow = as_float(0x47800000);  // 65536: the exponent of infinity and NaN
-#pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t half = in[i];
-    const float magnitude = as_float((half & 0x7fffu) << 13) * rebias;
-    const std::uint32_t special = magnitude >= overflow ? 0x7f800000u : 0u;
-    const std::uint32_t sign = (half & 0x8000u) << 16;
-    out[i] = as_float(as_bits(magnitude) | special | sign) * factor;
-  }
-}
-
-// The maximum of each slice; NaN is passed over.
-FASTGUIDE_VECTOR void slice_maxima(const float* z, float* maxima, std::int64_t slices) {
-  for (std::int64_t s = 0; s < slices; ++s) {
-    float best = -kInf;
-#pragma omp simd reduction(max : best)
-    for (std::int64_t i = 0; i < kSlice; ++i) {
-      best = z[s * kSlice + i] > best ? z[s * kSlice + i] : best;
-    }
-    maxima[s] = best;
-  }
-}
-
-// sum_i exp(z_i - shift) for z_i <= shift. Relative error of each term below 2e-7; -inf counts as
-// exp(-87) (below 2e-38, against a sum of at least 1); NaN stays NaN. Partial sums are short, so
-// that the sum is as good where the compiler does not vectorise the loop.
-FASTGUIDE_VECTOR double sum_exp(const float* z, float shift, std::int64_t n) {
-  const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  double total = 0.0;
-  for (std::int64_t first = 0; first < n; first += kPartial) {
-    const std::int64_t end = std::min(first + kPartial, n);
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (std::int64_t i = first; i < end; ++i) {
-      float t = z[i] - shift;
-      t = t < -87.0f ? -87.0f : t;
-      t = t > 0.0f ? 0.0f : t;
-      const float shifted = t * 1.44269504089f + round;
-      const float power = shifted - round;
-      float r = t - power * 0.693359375f;
-      r = r + power * 2.12194440e-4f;
-      float p = 1.9875691500e-4f;  // Cephes expf
-      p = p * r + 1.3981999507e-3f;
-      p = p * r + 8.3334519073e-3f;
-      p = p * r + 4.1665795894e-2f;
-      p = p * r + 1.6666665459e-1f;
-      p = p * r + 5.0000001201e-1f;
-      p = p * (r * r) + r + 1.0f;
-      sum += p * as_float((as_bits(shifted) + 127u) << 23);
-    }
-    total += static_cast<double>(sum);
-  }
-  return total;
-}
-
-// -------------------------------------------------------------------------------- candidates
-
-// A larger key is a larger value, then a lower id: one total order, as in the reference.
-inline std::uint64_t to_key(float value, std::uint32_t id) {
-  const std::uint32_t bits = as_bits(value + 0.0f);  // -0.0 must tie with 0.0
-  const std::uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return static_cast<std::uint64_t>(ordered) << 32 | (0xffffffffu - id);
-}
-
-inline float key_value(std::uint64_t key) {
-  const auto ordered = static_cast<std::uint32_t>(key >> 32);
-  return as_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
-}
-
-inline std::int32_t key_id(std::uint64_t key) {
-  return static_cast<std::int32_t>(0xffffffffu - static_cast<std::uint32_t>(key));
-}
-
-void keep_best(std::vector<std::uint64_t>& keys, std::size_t k) {
-  if (keys.size() <= k) return;
-  std::nth_element(keys.begin(), keys.begin() + static_cast<std::ptrdiff_t>(k) - 1, keys.end(),
-                   std::greater<>());
-  keys.resize(k);
-}
-
-// The k best of a run, in no order. Ids arrive in ascending order, so a later value must be
-// strictly larger than the k-th to matter.
-class Pool {
- public:
-  explicit Pool(std::size_t k) : k_(k), capacity_(2 * k + kSlice) { keys_.reserve(capacity_); }
-
-  bool wants(float slice_maximum) const { return !full_ || slice_maximum > kth_; }
-
-  // n is at most kSlice.
-  void add(const float* z, std::uint32_t first_id, std::int64_t n) {
-    if (keys_.size() + static_cast<std::size_t>(n) > capacity_) cut();
-    const std::size_t before = keys_.size();
-    keys_.resize(before + static_cast<std::size_t>(n));
-    std::uint64_t* out = keys_.data() + before;
-    std::size_t added = 0;
-    for (std::int64_t i = 0; i < n; ++i) {
-      out[added] = to_key(z[i], first_id + static_cast<std::uint32_t>(i));
-      added += static_cast<std::size_t>(!full_ || z[i] > kth_);
-    }
-    keys_.resize(before + added);
-    if (!full_ && keys_.size() >= k_) cut();
-  }
-
-  std::vector<std::uint64_t> take() {
-    keep_best(keys_, k_);
-    return std::move(keys_);
-  }
-
- private:
-  void cut() {
-    keep_best(keys_, k_);
-    full_ = true;
-    kth_ = key_value(*std::min_element(keys_.begin(), keys_.end()));
-  }
-
-  std::size_t k_;
-  std::size_t capacity_;
-  bool full_ = false;
-  float kth_ = -kInf;
-  std::vector<std::uint64_t> keys_;
-};
-
-// ------------------------------------------------------------------------------- log-sum-exp
-
-// log(sum) + maximum is the log-sum-exp; the sum is kept in fp64.
-struct Accumulator {
+// log(sum) + maximum is the log-sum-exp. Chunks begin at fixed places and are added in order, so
+// that the number of threads cannot change a bit.
+struct Mass {
   float maximum = -kInf;
   double sum = 0.0;
 
-  // An infinite maximum must not turn z - maximum into NaN.
-  static float shift(float maximum) { return std::isinf(maximum) ? 0.0f : maximum; }
+  // What z is reduced by; an infinite maximum must not make NaN of the others.
+  float shift() const { return std::isinf(maximum) ? 0.0f : maximum; }
 
   void raise(float to) {
     if (!(to > maximum)) return;
-    sum *= std::exp(static_cast<double>(maximum) - static_cast<double>(to));
+    if (sum != 0.0) sum *= std::exp(static_cast<double>(maximum) - static_cast<double>(to));
     maximum = to;
   }
 
-  void add(const Accumulator& other) {
+  void add(Mass other) {
     raise(other.maximum);
-    // NaN where both are the same infinity, so the factor is then 1.
-    const double factor =
-        other.maximum == maximum ? 1.0 : std::exp(double(other.maximum) - maximum);
-    sum += other.sum * factor;
+    other.raise(maximum);
+    sum += other.sum;
   }
 
   double result() const {
     if (std::isnan(sum)) return std::numeric_limits<double>::quiet_NaN();
-    if (std::isinf(maximum)) return maximum;
-    return static_cast<double>(maximum) + std::log(sum);
+    return std::isinf(maximum) ? maximum : maximum + std::log(sum);
   }
 };
 
-// --------------------------------------------------------------------------------------- runs
+// ---------------------------------------------------------------------------------- hot loops
 
-struct Run {
-  std::vector<std::uint64_t> best;
-  Accumulator mass;
-};
-
-void load(const TopkLogsumexp& args, std::int64_t row, std::int64_t first, std::int64_t n,
-          float* z) {
-  const float factor = args.inv_temperature[row];
-  const std::int64_t offset = row * args.row_stride + first;
-  const auto* words = static_cast<const std::uint16_t*>(args.logits);
-  switch (args.dtype) {
-    case DType::float32:
-      return scale_fp32(static_cast<const float*>(args.logits) + offset, factor, z, n);
-    case DType::bfloat16:
-      return scale_bf16(words + offset, factor, z, n);
-    case DType::float16:
-      return scale_fp16(words + offset, factor, z, n);
-  }
-}
-
-Run scan(const TopkLogsumexp& args, std::int64_t row, std::int64_t begin, std::int64_t end) {
-  alignas(64) float z[kBlock];
-  float maxima[kBlock / kSlice];
-  Pool pool(static_cast<std::size_t>(std::min(args.k, end - begin)));
-  Accumulator mass;
-  for (std::int64_t first = begin; first < end; first += kBlock) {
-    const std::int64_t n = std::min(kBlock, end - first);
-    const std::int64_t slices = (n + kSlice - 1) / kSlice;
-    load(args, row, first, n, z);
-    std::fill(z + n, z + slices * kSlice, -kInf);
-    slice_maxima(z, maxima, slices);
-    mass.raise(*std::max_element(maxima, maxima + slices));
-    const double block = sum_exp(z, Accumulator::shift(mass.maximum), n);
-    // Of a block of only -inf nothing but a NaN may remain.
-    mass.sum += mass.maximum == -kInf ? block * 0.0 : block;
+// Of whole slices, the maximum of each (NaN is passed over) and every z, in any order; returns the
+// maximum of all.
+template <DType D>
+struct Load {
+  template <int Bytes>
+  [[gnu::always_inline]] static inline float run(const void* logits, std::int64_t slices,
+                                                 float factor, float* z, float* maxima) {
+    using S = Simd<Bytes>;
+    constexpr int per_word = D == DType::float32 ? 1 : 2;
+    const char* from = static_cast<const char*>(logits);
+    auto best = S::broadcast(-kInf);
     for (std::int64_t s = 0; s < slices; ++s) {
-      if (!pool.wants(maxima[s])) continue;
-      const std::int64_t start = s * kSlice;
-      pool.add(z + start, static_cast<std::uint32_t>(first + start), std::min(kSlice, n - start));
+      auto slice = S::broadcast(-kInf);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSlice; i += S::lanes * per_word, from += Bytes) {
+        const auto words = S::template load<typename S::U32>(from);
+        if constexpr (per_word == 1) {
+          const auto x = bits_as<typename S::F32>(words);
+          slice = S::max(slice, x);
+          S::store(z + i, x * factor);
+        } else {
+          const auto even = S::template low<D>(words);
+          const auto odd = S::template high<D>(words);
+          slice = S::max(S::max(slice, even), odd);
+          S::store(z + i, even * factor);
+          S::store(z + i + S::lanes, odd * factor);
+        }
+      }
+      z += kSlice;
+      maxima[s] = S::reduce_max(slice);
+      best = S::max(best, slice);
     }
+    return S::reduce_max(best);
   }
-  return {pool.take(), mass};
+};
+
+// The sum of exp(z - shift) over whole slices of z <= shift.
+struct SumExp {
+  template <int Bytes>
+  [[gnu::always_inline]] static inline float run(const float* z, std::int64_t slices, float shift) {
+    using S = Simd<Bytes>;
+    constexpr int ways = 4;  // partial sums are short, and do not wait for each other
+    typename S::F32 sums[ways] = {};
+    for (std::int64_t i = 0; i < slices * kSlice; i += ways * S::lanes) {
+#pragma GCC unroll 4
+      for (int w = 0; w < ways; ++w) {
+        const auto x = S::template load<typename S::F32>(z + i + w * S::lanes);
+        sums[w] += S::exp_nonpositive(x - shift);
+      }
+    }
+    return S::reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+};
+
+// Writes the keys of the logits that are not below the floor, and returns how many there are.
+template <DType D>
+struct Collect {
+  template <int Bytes>
+  [[gnu::always_inline]] static inline std::int64_t run(const void* logits, std::int64_t n,
+                                                        std::int64_t first_id, float floor,
+                                                        Key* keys) {
+    using S = Simd<Bytes>;
+    std::int64_t found = 0;
+    for (std::int64_t begin = 0; begin < n; begin += S::lanes) {
+      const std::int64_t end = begin + S::lanes < n ? begin + S::lanes : n;
+      if (end == begin + S::lanes) {
+        const auto x = S::template widen<D>(at<D>(logits, begin));
+        if (!S::any(~(x < floor))) continue;
+      }
+      for (std::int64_t i = begin; i < end; ++i) {
+        const float x = read<D>(logits, i);
+        keys[found] = to_key(x, first_id + i);
+        found += !(x < floor);
+      }
+    }
+    return found;
+  }
+};
+
+// --------------------------------------------------------------------------------------- tasks
+
+using Keys = std::vector<Key>;
+
+void keep_best(Keys& keys, std::int64_t k) {
+  if (static_cast<std::int64_t>(keys.size()) <= k) return;
+  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<>());
+  keys.resize(k);
 }
 
-void write_row(const TopkLogsumexp& args, std::int64_t row, Run* runs, std::int64_t count) {
-  Run& all = runs[0];
-  for (std::int64_t c = 1; c < count; ++c) {
-    all.best.insert(all.best.end(), runs[c].best.begin(), runs[c].best.end());
-    all.mass.add(runs[c].mass);
-  }
-  keep_best(all.best, static_cast<std::size_t>(args.k));
-  std::sort(all.best.begin(), all.best.end(), std::greater<>());
-  const auto found = static_cast<std::int64_t>(all.best.size());
-  float* values = args.values + row * args.k;
-  std::int32_t* ids = args.ids + row * args.k;
-  for (std::int64_t i = 0; i < args.k; ++i) {
-    values[i] = i < found ? key_value(all.best[static_cast<std::size_t>(i)]) : -kInf;
-    ids[i] = i < found ? key_id(all.best[static_cast<std::size_t>(i)]) : -1;
-  }
-  args.lse[row] = all.mass.result();
-}
+// The chunks [first, last) of one row.
+struct Part {
+  std::int64_t row, first, last;
+};
 
-void check(const TopkLogsumexp& args) {
-  const auto refuse = [](const std::string& sentence) { throw std::invalid_argument(sentence); };
-  if (args.k < 1) refuse("k must be at least 1, not " + std::to_string(args.k) + ".");
-  if (args.threads < 1) {
-    refuse("threads must be at least 1, not " + std::to_string(args.threads) + ".");
-  }
-  if (args.vocab < 1 || args.vocab > std::numeric_limits<std::int32_t>::max()) {
-    refuse("The vocabulary must hold 1 to 2147483647 tokens, not " + std::to_string(args.vocab) +
-           ".");
-  }
-  for (std::int64_t row = 0; row < args.rows; ++row) {
-    const float factor = args.inv_temperature[row];
-    if (!(factor > 0.0f) || std::isinf(factor)) {
-      refuse("inv_temperature must be positive and finite, not " + std::to_string(factor) +
-             " (row " + std::to_string(row) + ").");
+template <DType D>
+class Scanner {
+ public:
+  Scanner(const Logits& logits, std::int64_t k, Isa isa) : logits_(logits), k_(k), isa_(isa) {}
+
+  // Writes the mass of each chunk, and returns the keys of the k best logits, in any order.
+  const Keys& scan(const Part& part, Mass* masses) {
+    const std::int64_t end = std::min(part.last * kChunk, logits_.vocab);
+    maxima_.resize((end - part.first * kChunk + kSlice - 1) / kSlice);
+    float* maxima = maxima_.data();
+    for (std::int64_t chunk = part.first; chunk < part.last; ++chunk) {
+      const std::int64_t chunk_end = std::min((chunk + 1) * kChunk, end);
+      for (std::int64_t begin = chunk * kChunk; begin < chunk_end; begin += kBlock) {
+        maxima =
+            add_block(part.row, begin, std::min(begin + kBlock, chunk_end), maxima, masses[chunk]);
+      }
     }
+    keys_.clear();
+    float floor = lower_bound();
+    for (std::size_t s = 0; s < maxima_.size(); ++s) {
+      if (maxima_[s] < floor) continue;
+      const std::int64_t begin = part.first * kChunk + static_cast<std::int64_t>(s) * kSlice;
+      const std::int64_t n = std::min(kSlice, end - begin);
+      const std::size_t held = keys_.size();
+      keys_.resize(held + kSlice);
+      keys_.resize(held + run_loop<Collect<D>>(isa_, logit(part.row, begin), n, begin, floor,
+                                               keys_.data() + held));
+      if (static_cast<std::int64_t>(keys_.size()) >= 2 * k_ + kSlice) {
+        keep_best(keys_, k_);
+        // Ids rise from here on, so that a later logit must be larger than the k-th to matter.
+        floor = std::nextafter(key_logit(*std::min_element(keys_.begin(), keys_.end())), kInf);
+      }
+    }
+    keep_best(keys_, k_);
+    return keys_;
   }
-}
+
+ private:
+  const void* logit(std::int64_t row, std::int64_t id) const { return at<D>(logits_.row(row), id); }
+
+  // Returns where the maxima of the next block go.
+  float* add_block(std::int64_t row, std::int64_t begin, std::int64_t end, float* maxima,
+                   Mass& mass) {
+    alignas(64) float z[kBlock];
+    const float factor = logits_.inv_temperature[row];
+    const std::int64_t whole = (end - begin) / kSlice, rest = (end - begin) % kSlice;
+    const std::int64_t slices = whole + (rest != 0);
+    float maximum = run_loop<Load<D>>(isa_, logit(row, begin), whole, factor, z, maxima);
+    if (rest) {
+      std::uint32_t padded[kSlice];
+      std::fill_n(padded, kSlice, minus_infinity(D));
+      std::memcpy(padded, logit(row, end - rest), rest * size_of(D));
+      maximum = std::max(maximum, run_loop<Load<D>>(isa_, padded, std::int64_t{1}, factor,
+                                                    z + whole * kSlice, maxima + whole));
+    }
+    mass.raise(maximum * factor);
+    mass.sum += run_loop<SumExp>(isa_, z, slices, mass.shift());
+    return maxima + slices;
+  }
+
+  // No more than the k-th largest logit of the part.
+  float lower_bound() {
+    groups_ = maxima_;
+    auto n = static_cast<std::int64_t>(groups_.size());
+    // The more groups, the closer the bound, but 2k to 4k are close enough and quick to order.
+    for (; n >= 4 * k_; n = (n + 1) / 2) {
+      for (std::int64_t g = 0; g < n / 2; ++g) {
+        groups_[g] = std::max(groups_[2 * g], groups_[2 * g + 1]);
+      }
+      if (n % 2) groups_[n / 2] = groups_[n - 1];
+    }
+    if (n < k_) return -kInf;
+    const auto kth = groups_.begin() + (k_ - 1);
+    std::nth_element(groups_.begin(), kth, groups_.begin() + n, std::greater<>());
+    return *kth;
+  }
+
+  const Logits& logits_;
+  std::int64_t k_;
+  Isa isa_;
+  std::vector<float> maxima_, groups_;
+  Keys keys_;
+};
 
 }  // namespace
 
-bool has_openmp() {
-#ifdef _OPENMP
-  return true;
-#else
-  return false;
-#endif
+void check(const Logits& logits) {
+  constexpr std::int64_t most = std::numeric_limits<std::int32_t>::max();
+  if (logits.vocab < 1 || logits.vocab > most) {
+    refuse("the vocabulary must hold 1 to ", most, " tokens, not ", logits.vocab);
+  }
+  for (std::int64_t n = 0; n < logits.rows; ++n) {
+    const float factor = logits.inv_temperature[n];
+    if (!(factor > 0.0f) || std::isinf(factor)) {
+      refuse("inv_temperature must be positive and finite, not ", factor, " (row ", n, ")");
+    }
+  }
 }
 
-void topk_logsumexp(const TopkLogsumexp& args) {
-  check(args);
-  // As few runs per row as give every thread the same number of them.
-  const std::int64_t longest = std::max<std::int64_t>(1, args.vocab / kMinRun);
-  const std::int64_t even = args.threads / std::gcd<std::int64_t>(args.rows, args.threads);
-  const std::int64_t per_row = args.rows == 0 ? 1 : std::min(longest, even);
-  const std::int64_t step = (args.vocab + per_row - 1) / per_row;
-  const std::int64_t total = args.rows * per_row;
-  std::vector<Run> runs(static_cast<std::size_t>(total));
+void topk_logsumexp(const Logits& logits, std::int64_t k, float* values, std::int32_t* ids,
+                    double* lse, Isa isa, int threads) {
+  check(logits);
+  if (k < 1) refuse("k must be at least 1, not ", k);
 
-  const std::int64_t worth = std::max<std::int64_t>(1, args.rows * args.vocab / kMinRun);
-  [[maybe_unused]] const int threads = static_cast<int>(
-      std::min<std::int64_t>({args.threads, worth, std::max<std::int64_t>(1, total)}));
-#ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-#endif
-  for (std::int64_t task = 0; task < total; ++task) {
-    const std::int64_t begin = std::min(task % per_row * step, args.vocab);
-    runs[static_cast<std::size_t>(task)] =
-        scan(args, task / per_row, begin, std::min(begin + step, args.vocab));
-  }
-  for (std::int64_t row = 0; row < args.rows; ++row) {
-    write_row(args, row, runs.data() + row * per_row, per_row);
+  const std::int64_t rows = logits.rows;
+  const std::int64_t chunks = (logits.vocab + kChunk - 1) / kChunk;
+  const std::int64_t worth = rows * logits.vocab / kMinShare;
+  const int team = std::clamp<std::int64_t>(worth, 1, threads);
+  // As few parts per row as give every thread the same number of them.
+  const std::int64_t parts = std::min(chunks, team / std::gcd<std::int64_t>(rows, team));
+  std::vector<Mass> masses(rows * chunks);
+  std::vector<Keys> best(rows * parts);
+  with_dtype(logits.dtype, [&](auto dtype) {
+    std::vector<Scanner<dtype()>> scanners(team, Scanner<dtype()>(logits, k, isa));
+    parallel_for(team, rows * parts, [&](std::int64_t task, int thread) {
+      const std::int64_t row = task / parts, p = task % parts;
+      const Part part = {row, p * chunks / parts, (p + 1) * chunks / parts};
+      best[task] = scanners[thread].scan(part, &masses[row * chunks]);
+    });
+  });
+
+  for (std::int64_t row = 0; row < rows; ++row) {
+    Keys& all = best[row * parts];
+    for (std::int64_t p = 1; p < parts; ++p) {
+      const Keys& more = best[row * parts + p];
+      all.insert(all.end(), more.begin(), more.end());
+    }
+    keep_best(all, k);
+    std::sort(all.begin(), all.end(), std::greater<>());
+    const auto found = static_cast<std::int64_t>(all.size());
+    for (std::int64_t i = 0; i < k; ++i) {
+      values[row * k + i] = i < found ? key_logit(all[i]) * logits.inv_temperature[row] : -kInf;
+      ids[row * k + i] = i < found ? key_id(all[i]) : -1;
+    }
+    Mass mass;
+    for (std::int64_t c = 0; c < chunks; ++c) mass.add(masses[row * chunks + c]);
+    lse[row] = mass.result();
   }
 }
 

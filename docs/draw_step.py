@@ -14,7 +14,6 @@ from xml.sax.saxutils import escape
 import torch
 
 from fastguide import VAS, Engine, ValueGuide
-from fastguide.engine.sampler import RowBatch
 from fastguide.kernels import reference
 
 PREFIX = "The little dog was very"
@@ -41,9 +40,9 @@ def step() -> list[Candidate]:
     engine = Engine(guides={GUIDE: ValueGuide(GUIDE)}, dtype="float32")
     policy, scorer = engine.runner.policy, engine.runner.scorers[GUIDE]
     prefix = engine.tokenizer(PREFIX)["input_ids"]
-    batch = RowBatch.build([RULE.lower(TEMPERATURE)], [0], policy.device)
     logits = policy.run([policy.open(prefix)])
-    z, ids, lse = reference.topk_logsumexp(logits, RULE.k, batch.inv_temperature)
+    inverse = torch.full((1,), RULE.lower(TEMPERATURE).inv_temperature)
+    z, ids, lse = reference.topk_logsumexp(logits, RULE.k, inverse)
     (values,) = scorer.score([scorer.open(prefix)], ids.tolist())
     bonus = RULE.beta * (values - values.mean()).double()
     inside = torch.logsumexp(z[0].double(), -1)

@@ -1,12 +1,13 @@
 """Rules: how guide scores change the base distribution. Plain data, no tensors.
 
-A rule *lowers* to five numbers per row before a step (``RowParameters``); kernels never see a
+A rule *lowers* to a few numbers per row before a step (``RowParameters``); kernels never see a
 rule or a guide. To add a rule, add a dataclass here with ``k``, ``guided`` and ``lower``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 MAX_CANDIDATES = 256
@@ -28,6 +29,7 @@ class RowParameters(NamedTuple):
     fill: int
     greedy: bool
     inv_temperature: float
+    log_sigmoid: bool = False
 
 
 def check_strength(name: str, value: float) -> None:
@@ -36,13 +38,13 @@ def check_strength(name: str, value: float) -> None:
     Raises:
         ValueError: naming it, its value and the range.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not abs(value) <= MAX_STRENGTH:
         raise ValueError(f"{name} is {value!r}; allowed are numbers from -1e6 to 1e6")
 
 
 def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MAX_CANDIDATES:
+    if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= MAX_CANDIDATES:
         raise ValueError(f"k is {k!r}; allowed are whole numbers from 1 to {MAX_CANDIDATES}")
 
 
@@ -55,8 +57,9 @@ def _temperature(temperature: float) -> tuple[bool, float]:
 class Plain:
     """The base model's own distribution; guides are not asked."""
 
-    k: int = 20
-    """How many tokens one pass over the vocabulary extracts; what is drawn is independent of it."""
+    k: int = 63
+    """How many tokens one pass over the vocabulary extracts; what is drawn is independent of it.
+    The kernels take one column more, and 64 leaves little to draw from below."""
 
     guided = False
 
@@ -103,7 +106,7 @@ class ARGS:
     """Alignment as Reward-Guided Search: the score of a candidate adds its reward.
 
     ``additive``: ``log π₀ + w·r`` (the published code); ``interpolated``: ``(1 − w)·log π₀ + w·r``
-    (the summary). Tokens outside the top-k are dropped. Temperature 0 takes the best candidate
+    (its summary). Tokens outside the top-k are dropped. Temperature 0 takes the best candidate
     (ARGS-greedy); above it samples from the softmax of score / temperature (ARGS-stochastic).
 
     Attributes:
@@ -134,4 +137,31 @@ class ARGS:
         return RowParameters(self.k, scale, weight, FILLS.index("drop"), greedy, inverse)
 
 
-Rule = Plain | VAS | ARGS
+@dataclass(frozen=True)
+class FUDGE:
+    """Future discriminators: ``π(x) ∝ π₀(x)·σ(c(s ⊕ x))^w`` on the top-k tokens, 0 elsewhere.
+
+    A guide gives the logit ``c`` of a classifier of prefixes; several guides multiply.
+
+    Attributes:
+        weight: exponent ``w``; 1 is Bayes' rule, as published.
+        k: how many tokens are scored.
+    """
+
+    weight: float = 1.0
+    k: int = 20
+
+    guided = True
+
+    def __post_init__(self) -> None:
+        check_strength("weight", self.weight)
+        _check_k(self.k)
+
+    def lower(self, temperature: float) -> RowParameters:
+        """Parameters of a row at a sampling temperature (0 is greedy)."""
+        greedy, inverse = _temperature(temperature)
+        drop = FILLS.index("drop")
+        return RowParameters(self.k, 1.0, self.weight, drop, greedy, inverse, log_sigmoid=True)
+
+
+Rule = Plain | VAS | ARGS | FUDGE

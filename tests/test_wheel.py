@@ -107,7 +107,11 @@ def test_assets_are_small(held: dict[str, int]) -> None:
 
 
 def test_code_and_licence(held: dict[str, int]) -> None:
-    for name in ("fastguide/__init__.py", "fastguide/py.typed", "fastguide/kernels/reference.py"):
+    for name in (
+        "fastguide/__init__.py",
+        "fastguide/py.typed",
+        "fastguide/kernels/reference/__init__.py",
+    ):
         assert name in held
     assert any(name.endswith("licenses/LICENSE") for name in held)
     tops = {name.split("/")[0] for name in held}

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastguide import __version__
+from fastguide.cli.bench import bench
 from fastguide.cli.demo import demo
 from fastguide.cli.generate import generate
 from fastguide.cli.output import drop_output
@@ -71,6 +72,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(demo)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 def _print_version(wanted: bool) -> None:

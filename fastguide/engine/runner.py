@@ -104,7 +104,8 @@ class Runner:
     def step(self, rows: list[Row]) -> tuple[Step, list[float | None]]:
         """Advance every row by one token.
 
-        A row whose guide fails gets ``error`` set and a meaningless token, and is not advanced.
+        A row whose model or guide fails gets ``error`` set and a meaningless token, and is not
+        advanced.
 
         Returns:
             the step, and each row's composed score of its token (None if it was not scored).
@@ -113,75 +114,74 @@ class Runner:
         started = time.perf_counter()
         logits = self.policy.run([row.sequence for row in rows])
         based = time.perf_counter()
-        candidates = self._finite(rows, top_candidates(logits, batch))
+        candidates = top_candidates(logits, batch)
         ranked = time.perf_counter()
         scores = self._score(rows, candidates)
         scored = time.perf_counter()
         positions = torch.tensor([len(r.sequence) for r in rows], device=logits.device)
         step = sample(logits, candidates, scores, batch, positions)
-        composed = scores.tolist() if any(row.weights for row in rows) else []
-        values: list[float | None] = []
         for i, row in enumerate(rows):
-            known = bool(row.weights) and step.sources[i] >= 0
-            values.append(composed[i][step.sources[i]] if known else None)
+            if step.tokens[i] < 0 and row.error is None:
+                row.error = self._failure(row, candidates.lse[i], scores[:, i])
             if row.error is None:
                 row.append(step.tokens[i])
         ended = time.perf_counter()
         self.seconds["base"] += based - started
         self.seconds["scorer"] += scored - ranked
         self.seconds["rule"] += (ranked - based) + (ended - scored)
-        return step, values
+        known = [bool(row.weights) and step.sources[i] >= 0 for i, row in enumerate(rows)]
+        return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
 
-    def _finite(self, rows: list[Row], candidates: Candidates) -> Candidates:
-        """Fail rows whose logits are NaN or infinite, and put harmless values in their place."""
-        good = torch.isfinite(candidates.lse)
-        if bool(good.all()):
-            return candidates
-        for i in torch.nonzero(~good)[:, 0].tolist():
-            rows[i].error = (
-                f"the model gave logits that are not finite at step {rows[i].steps}; "
+    def _failure(self, row: Row, lse: Tensor, scores: Tensor) -> str:
+        """Why a row gave no token: its log-sum-exp, or its scores ``[G, K]``, are not finite."""
+        if not bool(torch.isfinite(lse)):
+            return (
+                f"the model gave logits that are not finite at step {row.steps}; "
                 "try another dtype, such as bfloat16 or float32"
             )
-        certain = torch.full_like(candidates.values, float("-inf"))
-        certain[:, 0] = 0.0  # token 0, and nothing else
-        return Candidates(
-            torch.where(good[:, None], candidates.values, certain),
-            torch.where(good[:, None], candidates.ids, torch.zeros_like(candidates.ids)),
-            torch.where(good, candidates.lse, torch.zeros_like(candidates.lse)),
-        )
+        for name, given in zip(self.scorers, scores[:, : row.parameters.k], strict=True):
+            bad = given[~torch.isfinite(given)]
+            if len(bad) and row.weights.get(name):
+                return (
+                    f"guide {name!r} gave {float(bad[0])} at step {row.steps}; "
+                    "allowed are finite scores"
+                )
+        raise AssertionError("a row without a token has a log-sum-exp or a score at fault")
 
     def _row_batch(self, rows: list[Row]) -> RowBatch:
         if self._batch is None or self._batch[0] != rows:
             built = RowBatch.build(
-                [row.parameters for row in rows], [row.seed for row in rows], self.policy.device
+                [row.parameters for row in rows],
+                [row.seed for row in rows],
+                [row.weights for row in rows],
+                list(self.scorers),
+                self.policy.device,
             )
             self._batch = (list(rows), built)
         return self._batch[1]
 
     def _score(self, rows: list[Row], candidates: Candidates) -> Tensor:
-        """Composed scores ``[N, K]`` fp64: the weighted sum over each row's guides."""
-        total = torch.zeros(
-            candidates.values.shape, dtype=torch.float64, device=candidates.values.device
-        )
+        """Scores ``[G, N, K]`` fp32 of every guide; 0 where a row does not use it."""
+        values = candidates.values
+        scores = values.new_zeros(len(self.scorers), *values.shape, dtype=torch.float32)
         if not any(row.weights for row in rows):
-            return total
+            return scores
         ids = candidates.ids.tolist()
-        for name, scorer in self.scorers.items():
+        for (name, scorer), own in zip(self.scorers.items(), scores, strict=True):
             users = [i for i, row in enumerate(rows) if name in row.weights and row.error is None]
             if not users:
                 continue
             wanted = [ids[i][: rows[i].parameters.k] for i in users]
             for i, result in self._score_rows(name, scorer, rows, users, wanted):
-                total[i, : len(result)] += rows[i].weights[name] * result.to(total)
-        return total
+                own[i, : len(result)] = result
+        return scores
 
     def _score_rows(
         self, name: str, scorer: Scorer, rows: list[Row], users: list[int], wanted: list[list[int]]
     ) -> list[tuple[int, Tensor]]:
-        """Each user's scores; a row whose scores cannot be had or are not finite fails alone."""
+        """Each user's scores; a row whose scores cannot be had fails alone."""
         try:
             results = scorer.score([rows[i].states[name] for i in users], wanted)
-            finite = [bool(torch.isfinite(result).all()) for result in results]
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -194,12 +194,4 @@ class Runner:
             what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             row.error = f"guide {name!r} failed at step {row.steps}: {what}"
             return []
-        kept = []
-        for i, result, good in zip(users, results, finite, strict=True):
-            if good:
-                kept.append((i, result))
-                continue
-            bad = float(result[~torch.isfinite(result)][0])
-            row = rows[i]
-            row.error = f"guide {name!r} gave {bad} at step {row.steps}; allowed are finite scores"
-        return kept
+        return list(zip(users, results, strict=True))

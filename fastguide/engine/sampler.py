@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastguide import kernels
 from fastguide.config import RowParameters
-from fastguide.kernels import dispatch, reference
+from fastguide.kernels import reference
 
 
 @dataclass(frozen=True)
@@ -17,44 +19,60 @@ class RowBatch:
     """Per-row parameters as tensors ``[N]``; built when the batch changes, not every step."""
 
     count: Tensor
+    mode: Tensor
     scale: Tensor
     weight: Tensor
-    fill: Tensor
-    greedy: Tensor
     inv_temperature: Tensor
     seed: Tensor
+    guide_weights: Tensor
+    """``[G, N]``; 0 where a row does not use a guide."""
     width: int
     """Columns to extract: the largest k, and one more, which bounds what lies past it."""
 
     @classmethod
     def build(
-        cls, rows: Sequence[RowParameters], seeds: Sequence[int], device: torch.device
+        cls,
+        rows: Sequence[RowParameters],
+        seeds: Sequence[int],
+        weights: Sequence[Mapping[str, float]],
+        guides: Sequence[str],
+        device: torch.device,
     ) -> RowBatch:
         """Lay out the rows of a batch.
 
         Args:
             rows: what each row's rule lowered to.
             seeds: signed 64-bit seeds.
+            weights: of the guides that each row uses.
+            guides: names of all guides, in the order of ``guide_weights``.
             device: where the step runs.
         """
 
         def column(values: list[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
+        used = [[row.get(name, 0.0) for row in weights] for name in guides]
         return cls(
-            count=column([r.k for r in rows], torch.int64),
+            count=column([r.k for r in rows], torch.int32),
+            mode=column([mode_of(r) for r in rows], torch.int32),
             scale=column([r.scale for r in rows], torch.float64),
             weight=column([r.weight for r in rows], torch.float64),
-            fill=column([r.fill for r in rows], torch.int64),
-            greedy=column([r.greedy for r in rows], torch.bool),
             inv_temperature=column([r.inv_temperature for r in rows], torch.float32),
             seed=column(list(seeds), torch.int64),
+            guide_weights=torch.tensor(used, dtype=torch.float64, device=device).view(
+                len(guides), len(rows)
+            ),
             width=max(r.k for r in rows) + 1,
         )
 
 
-@dataclass(frozen=True)
-class Candidates:
+def mode_of(row: RowParameters) -> int:
+    """The bits of ``kernels.reference.guide_sample``'s ``mode``."""
+    flags = row.greedy * reference.GREEDY + row.log_sigmoid * reference.LOG_SIGMOID
+    return row.fill + flags
+
+
+class Candidates(NamedTuple):
     """The top of each row's base distribution: what ``topk_logsumexp`` gives."""
 
     values: Tensor
@@ -62,12 +80,12 @@ class Candidates:
     lse: Tensor
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a step gives for each row, as Python lists."""
+class Step(NamedTuple):
+    """What a step gives for each row, as Python numbers (see ``reference.GuidedSample``)."""
 
     tokens: list[int]
     sources: list[int]
+    scores: list[float]
     logprobs: list[float]
     base_logprobs: list[float]
     kl: list[float]
@@ -81,7 +99,7 @@ def top_candidates(logits: Tensor, batch: RowBatch) -> Candidates:
         batch: the rows' parameters.
     """
     width = min(batch.width, logits.shape[1])
-    return Candidates(*dispatch.topk_logsumexp(logits, width, batch.inv_temperature))
+    return Candidates(*kernels.topk_logsumexp(logits, width, batch.inv_temperature))
 
 
 def sample(
@@ -90,39 +108,28 @@ def sample(
     """Draw one token per row from the guided distribution.
 
     Args:
-        logits: ``[N, V]``; read again only for rows that draw from outside the candidates.
+        logits: ``[N, V]``; read again only by rows that draw from outside the candidates.
         candidates: of ``top_candidates``.
-        scores: ``[N, K]`` composed guide scores of the candidates.
+        scores: ``[G, N, K]`` fp32, each guide's scores of the candidates.
         batch: the rows' parameters.
         positions: ``[N]`` int64, the index of the new token in its sequence.
+
+    Returns:
+        a ``Step``, with token -1 in rows whose logits or scores are not finite.
     """
-    drawn = reference.guide_sample(
-        candidates.values,
-        candidates.ids,
-        candidates.lse,
+    drawn = kernels.guide_sample(
+        logits,
+        batch.inv_temperature,
+        *candidates,
         scores,
+        batch.guide_weights,
         count=batch.count,
+        mode=batch.mode,
         scale=batch.scale,
         weight=batch.weight,
-        fill=batch.fill,
-        greedy=batch.greedy,
         seed=batch.seed,
         position=positions,
-        vocab=logits.shape[1],
     )
-    token, logprob, base_logprob = drawn.token, drawn.logprob, drawn.base_logprob
-    rows = torch.nonzero(token < 0)[:, 0]
-    if len(rows):
-        found, z = reference.sample_tail(
-            logits, batch.inv_temperature, batch.count, drawn.fraction, rows
-        )
-        token[rows] = found
-        logprob[rows] = (z - drawn.normaliser[rows]).float()
-        base_logprob[rows] = (z - candidates.lse[rows]).float()
-    return Step(
-        token.tolist(),
-        drawn.source.tolist(),
-        logprob.tolist(),
-        base_logprob.tolist(),
-        drawn.kl.tolist(),
-    )
+    numbers = torch.stack([column.double() for column in drawn]).tolist()  # one transfer
+    tokens, sources, *others = numbers
+    return Step([int(t) for t in tokens], [int(s) for s in sources], *others)

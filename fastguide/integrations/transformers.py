@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from fastguide import kernels
 from fastguide.config import Rule
+from fastguide.engine.sampler import mode_of
 from fastguide.guides import Guide, LoadContext
-from fastguide.kernels import dispatch, reference
+from fastguide.kernels import reference
 from fastguide.scorer import State, follow
 
 
@@ -89,26 +91,32 @@ class GuidedLogitsProcessor(LogitsProcessor):
             ids[padding[i * len(padding) // count] :] for i, ids in enumerate(input_ids.tolist())
         ]
         inverse = torch.full((count,), row.inv_temperature, device=scores.device)
-        z, ids, _ = dispatch.topk_logsumexp(scores.float(), row.k, inverse)
+        z, ids, _ = kernels.topk_logsumexp(scores.float(), row.k, inverse)
         candidates = ids.tolist()
-        total = torch.zeros_like(z, dtype=torch.float64)
-        for name, weight in self.weights.items():
+        given = z.new_zeros(len(self.weights), *z.shape)
+        for own, name in zip(given, self.weights, strict=True):
             states = follow(self.scorers[name], self._states[name], tokens)
             self._states[name] = states
-            found = torch.stack(self.scorers[name].score(states, candidates)).to(total)
-            if not bool(torch.isfinite(found).all()):
-                at = int((~torch.isfinite(found)).any(-1).nonzero()[0])
+            own[:] = torch.stack(self.scorers[name].score(states, candidates))
+            if not bool(torch.isfinite(own).all()):
+                at = int((~torch.isfinite(own)).any(-1).nonzero()[0])
                 raise ValueError(
                     f"guide {name!r} gave scores that are not finite for row {at} at token "
                     f"{len(tokens[at])}; allowed are finite scores"
                 )
-            total += weight * found
+        rows = torch.ones_like(inverse, dtype=torch.float64)
+        total = reference.composed_scores(
+            given,
+            rows.new_tensor(list(self.weights.values()))[:, None] * rows,
+            rows * row.k,
+            (rows * mode_of(row)).int(),
+        )
         guided = reference.guided_values(
             z.double(),
             total,
-            scale=torch.full_like(total[:, 0], row.scale),
-            weight=torch.full_like(total[:, 0], row.weight),
-            fill=torch.full_like(ids[:, 0], row.fill),
+            scale=rows * row.scale,
+            weight=rows * row.weight,
+            fill=rows * row.fill,
         )
         base = torch.full_like(scores, float("-inf")) if row.fill == reference.FILL_DROP else scores
         return base.scatter(1, ids.long(), (guided / row.inv_temperature).to(scores.dtype))

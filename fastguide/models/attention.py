@@ -17,10 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fastguide import kernels
 from fastguide.cache import KVPool
-from fastguide.kernels.reference import TreeLayout
+from fastguide.kernels import TreeLayout, dispatch, reference
+from fastguide.kernels.reference import DenseTree, dense_tree
 
 NAME = "fastguide"
+
+STREAM_ROWS = 128
+"""Most query rows per key head (rows of a request, times heads of a group) of the GPU kernel."""
 
 # Keywords that transformers passes along and that change nothing here: dropout is off in
 # inference, causality and positions are the plan's, the rest are hints for other backends.
@@ -44,24 +49,35 @@ class AttentionPlan:
         self.pool = pool
         self.targets = targets
         self.layout = layout
-        requests, width = layout.rows.shape
-        self.uniform = requests * width == len(targets)  # packed order is already [R, M]
-        self._masks: dict[tuple[int | None, int, torch.dtype], Tensor | None] = {}
+        self._dense: dict[tuple[int, int, torch.dtype], tuple[DenseTree, Tensor | None]] = {}
 
-    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor | None:
-        """Additive mask ``[R, 1, groups * M, L]``, or None where every row sees every slot."""
+    def streams(self, query: Tensor, groups: int) -> bool:
+        """Whether the tree kernel reads the pool, or a dense copy goes through PyTorch's SDPA.
+
+        The kernel is made for few rows over long prefixes. On a GPU the many rows of a prefill
+        are matrix products, which are SDPA's trade; on the CPU the kernel measured faster for any
+        number of rows, so only what it cannot take goes the other way.
+        """
+        if query.is_cuda and self.layout.max_rows * groups > STREAM_ROWS:
+            return False
+        return dispatch.chosen("auto", query) is not reference
+
+    def dense(
+        self, window: int, groups: int, dtype: torch.dtype
+    ) -> tuple[DenseTree, Tensor | None]:
+        """The padded tree, and its additive mask ``[R, 1, groups * M, L]`` if one is needed."""
         key = (window, groups, dtype)
-        if key not in self._masks:
-            seen = self.layout.visible if window is None else self.layout.within(window)
-            mask = None
+        if key not in self._dense:
+            tree = dense_tree(self.layout, window)
+            seen, mask = tree.visible, None
             if not bool(seen.all()):
                 mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
                 mask.masked_fill_(~seen, float("-inf"))
                 # Padding rows see nothing; let them see slot 0 so that softmax stays finite.
-                mask[..., 0].masked_fill_(~seen.any(-1), 0.0)
+                mask[..., 0].masked_fill_(~tree.valid, 0.0)
                 mask = mask[:, None].repeat(1, 1, groups, 1)
-            self._masks[key] = mask
-        return self._masks[key]
+            self._dense[key] = tree, mask
+        return self._dense[key]
 
 
 def attention(
@@ -79,9 +95,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Tree attention over the plan's pool, in the calling convention of ``AttentionInterface``.
 
-    Computes :func:`fastguide.kernels.reference.tree_attention` with one gather of each
-    request's slots per layer: all rows and all query heads of one KV head go through
-    ``scaled_dot_product_attention`` together.
+    Computes ``kernels.tree_attention``: see :meth:`AttentionPlan.streams` for the two ways.
 
     Args:
         module: the model's attention module; its ``layer_idx`` names the pool's layer.
@@ -115,39 +129,62 @@ def attention(
             "sliding-window and soft-capped attention"
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    heads, rows, width = query.shape[1:]
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
     plan.pool.write(layer, plan.targets, key[0].transpose(0, 1), value[0].transpose(0, 1))
     pool_keys, pool_values = plan.pool.layer(layer)
-    layout = plan.layout
-    requests, per_request = layout.rows.shape
-    length = layout.slots.shape[1]
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    window, cap = sliding_window or 0, softcap or 0.0
+    if plan.streams(query, query.shape[1] // key.shape[1]):
+        packed = kernels.tree_attention(
+            query[0].transpose(0, 1),
+            pool_keys,
+            pool_values,
+            plan.layout,
+            scaling=scale,
+            window=window,
+            softcap=cap,
+        )
+        return packed[None], None
+    return _dense_attention(query, pool_keys, pool_values, plan, scale, window, cap)[None], None
 
-    flat = layout.slots.reshape(-1)
+
+def _dense_attention(
+    query: Tensor,
+    pool_keys: Tensor,
+    pool_values: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    window: int,
+    cap: float,
+) -> Tensor:
+    """``[N, H, E]``: one gather of each request's slots, then all its rows in one product."""
+    heads, rows, width = query.shape[1:]
+    kv_heads = pool_keys.shape[1]
+    groups = heads // kv_heads
+    tree, mask = plan.dense(window, groups, query.dtype)
+    (requests, per_request), length = tree.rows.shape, tree.slots.shape[1]
+    flat = tree.slots.reshape(-1)
     k = pool_keys.index_select(0, flat).view(requests, length, kv_heads, -1).transpose(1, 2)
     v = pool_values.index_select(0, flat).view(requests, length, kv_heads, -1).transpose(1, 2)
+    uniform = requests * per_request == rows  # packed order is already [R, M]
     q = query[0].view(kv_heads, groups, rows, width)
-    q = q if plan.uniform else q.index_select(2, layout.rows.reshape(-1))
+    q = q if uniform else q.index_select(2, tree.rows.reshape(-1))
     q = q.view(kv_heads, groups, requests, per_request, width)
     q = q.permute(2, 0, 1, 3, 4).reshape(requests, kv_heads, groups * per_request, width)
-
-    mask = plan.mask(sliding_window, groups, query.dtype)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    if not cap:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        logits = torch.matmul(q, k.transpose(-1, -2)).float() * (scaling or width**-0.5)
-        logits = softcap * torch.tanh(logits / softcap)
+        logits = torch.matmul(q, k.transpose(-1, -2)).float() * scale
+        logits = cap * torch.tanh(logits / cap)
         logits = logits if mask is None else logits + mask
         out = torch.matmul(torch.softmax(logits, dim=-1).to(v.dtype), v)
     out = out.view(requests, kv_heads, groups, per_request, -1)
     out = out.permute(0, 3, 1, 2, 4).reshape(requests * per_request, heads, -1)
-    if not plan.uniform:
-        valid = layout.valid.reshape(-1)
+    if not uniform:
+        valid = tree.valid.reshape(-1)
         packed = out.new_empty(rows, heads, out.shape[-1])
-        packed[layout.rows.reshape(-1)[valid]] = out[valid]
-        out = packed
-    return out[None], None
+        packed[tree.rows.reshape(-1)[valid]] = out[valid]
+        return packed
+    return out
 
 
 AttentionInterface.register(NAME, attention)

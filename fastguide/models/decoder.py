@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastguide.cache import CachedSequence, KVPool
-from fastguide.kernels.reference import TreeLayout
+from fastguide.kernels import TreeLayout
 from fastguide.models.attention import AttentionPlan
 
 PREFILL_CHUNK = 512
@@ -38,15 +38,28 @@ class _Rows(NamedTuple):
         return [*self.chain, *(token for branch in self.branches for token in branch)]
 
     @property
-    def positions(self) -> np.ndarray:
-        start = len(self.sequence.slots)
-        chain = np.arange(start, start + len(self.chain))
+    def cached(self) -> int:
+        """Tokens before the rows of this pass."""
+        return len(self.sequence.slots)
+
+    @property
+    def trunk(self) -> np.ndarray:
+        """How many leading slots each row sees, beside those of its branch."""
+        end = self.cached + len(self.chain)
+        chain = np.arange(self.cached, end, dtype=np.int32)
         if not self.branches:
             return chain
-        after = start + len(self.chain)
-        return np.concatenate(
-            [chain, *(np.arange(after, after + len(branch)) for branch in self.branches)]
-        )
+        return np.concatenate([chain, np.full(len(self.slots) - len(chain), end, np.int32)])
+
+    @property
+    def branch(self) -> np.ndarray:
+        """Where each row's branch begins; a row of the chain is a branch of its own."""
+        chain = np.arange(self.cached, self.cached + len(self.chain), dtype=np.int32)
+        if not self.branches:
+            return chain
+        sizes = np.array([len(branch) for branch in self.branches])
+        starts = self.cached + len(self.chain) + np.cumsum(sizes) - sizes
+        return np.concatenate([chain, np.repeat(starts, sizes).astype(np.int32)])
 
     @property
     def outputs(self) -> list[int]:
@@ -55,25 +68,6 @@ class _Rows(NamedTuple):
             return [len(self.chain) - 1]
         ends = accumulate(map(len, self.branches), initial=len(self.chain) - 1)
         return list(ends)[1:]
-
-    def visible(self) -> np.ndarray:
-        """``[rows, rows]``: a row sees the chain and its own branch, both up to itself."""
-        chain = len(self.chain)
-        if not self.branches:
-            return _CAUSAL[:chain, :chain]
-        seen = np.eye(len(self.slots), dtype=bool)
-        seen[:chain, :chain] = _CAUSAL[:chain, :chain]
-        seen[chain:, :chain] = True
-        start = chain
-        for branch in self.branches:
-            size = len(branch)
-            if size > 1:
-                seen[start : start + size, start : start + size] = np.tri(size, dtype=bool)
-            start += size
-        return seen
-
-
-_CAUSAL = np.tri(PREFILL_CHUNK, dtype=bool)
 
 
 class Decoder:
@@ -162,17 +156,16 @@ class Decoder:
     @torch.inference_mode()
     def _forward(self, batch: list[_Rows], outputs: bool) -> Tensor:
         tokens = [token for rows in batch for token in rows.tokens]
-        positions = [rows.positions for rows in batch]
-        sizes = np.array([len(rows.slots) for rows in batch])
-        starts = np.cumsum(sizes) - sizes
         targets = np.concatenate([rows.slots for rows in batch])
-        layout = _layout(batch, positions, starts, self.device)
-        keep = [int(s) + row for s, rows in zip(starts, batch, strict=True) for row in rows.outputs]
+        layout, positions, starts = _layout(batch, self.device)
+        keep = [
+            int(s) + row for s, rows in zip(starts, batch, strict=False) for row in rows.outputs
+        ]
         keep = keep if outputs else keep[:1]
         index = torch.tensor(keep, device=self.device)
         arguments = {
             "input_ids": torch.tensor([tokens], device=self.device),
-            "position_ids": torch.from_numpy(np.concatenate(positions))[None].to(self.device),
+            "position_ids": torch.from_numpy(positions)[None].to(self.device),
             "use_cache": False,
             "plan": AttentionPlan(self.pool, torch.from_numpy(targets).to(self.device), layout),
         }
@@ -196,30 +189,17 @@ def _commit(batch: list[_Rows]) -> None:
             start += len(branch)
 
 
-def _layout(
-    batch: list[_Rows], positions: list[np.ndarray], starts: np.ndarray, device: torch.device
-) -> TreeLayout:
-    """Pad the rows and slots of every sequence in the batch to ``[R, M]`` and ``[R, L]``."""
-    prefixes = [rows.sequence.slots for rows in batch]
-    width = max(len(rows.slots) for rows in batch)
-    length = max(len(p) + len(rows.slots) for p, rows in zip(prefixes, batch, strict=True))
-    shape = (len(batch), width, length)
-    rows_index = np.zeros(shape[:2], dtype=np.int64)
-    row_positions = np.zeros(shape[:2], dtype=np.int64)
-    valid = np.zeros(shape[:2], dtype=bool)
-    slots = np.zeros((len(batch), length), dtype=np.int64)
-    slot_positions = np.zeros((len(batch), length), dtype=np.int64)
-    visible = np.zeros(shape, dtype=bool)
-    for i, (rows, prefix) in enumerate(zip(batch, prefixes, strict=True)):
-        n, p = len(rows.slots), len(prefix)
-        rows_index[i] = starts[i]
-        rows_index[i, :n] = np.arange(starts[i], starts[i] + n)
-        valid[i, :n] = True
-        row_positions[i, :n] = positions[i]
-        # Padding points at a slot of the row's own: 0 * NaN is NaN, also behind a mask.
-        slots[i], slots[i, :p], slots[i, p : p + n] = rows.slots[0], prefix, rows.slots
-        slot_positions[i, :p], slot_positions[i, p : p + n] = np.arange(p), positions[i]
-        visible[i, :n, :p] = True
-        visible[i, :n, p : p + n] = rows.visible()
-    arrays = (rows_index, valid, slots, visible, row_positions, slot_positions)
-    return TreeLayout(*(torch.from_numpy(a).to(device) for a in arrays))
+def _layout(batch: list[_Rows], device: torch.device) -> tuple[TreeLayout, np.ndarray, np.ndarray]:
+    """The tree of a pass, the positions of its rows, and where each sequence's rows begin."""
+    rows = np.array([len(part.slots) for part in batch])
+    slots = np.array([part.cached for part in batch]) + rows
+    row_starts, slot_starts = (np.concatenate([[0], np.cumsum(n)]) for n in (rows, slots))
+    trunk = np.concatenate([part.trunk for part in batch])
+    branch = np.concatenate([part.branch for part in batch])
+    ends = slots - rows - row_starts[:-1]  # own slot of a row, less its number among all rows
+    positions = trunk + np.repeat(ends, rows) + np.arange(len(trunk)) - branch
+    numbers = np.concatenate([n for part in batch for n in (part.sequence.slots, part.slots)])
+    arrays = (numbers, slot_starts, row_starts, trunk, branch)
+    tensors = [torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays]
+    layout = TreeLayout._make([*tensors, int(slots.max()), int(rows.max())])
+    return layout, positions, row_starts

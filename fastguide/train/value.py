@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastguide.kernels.reference import td_lambda
+from fastguide.kernels import td_lambda
 from fastguide.models.value import ValueModel
 from fastguide.train.episodes import Episode, EpisodeBatch, bucketed, collate
 

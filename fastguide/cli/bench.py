@@ -1,0 +1,33 @@
+"""``fastguide bench``: the benchmarks of the source tree."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def bench(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(help="ops: each kernel; engine: whole decode steps.")],
+) -> None:
+    """Time fastguide beside what anyone would use instead; needs the source tree.
+
+    Options after the name are the benchmark's own: fastguide bench ops --help
+    """
+    names = sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
+    if not names:
+        raise ValueError(
+            f"no benchmarks at {BENCHMARKS}; they are part of the source tree: clone it and "
+            "install it with 'pip install -e .[bench]'"
+        )
+    if what not in names:
+        raise ValueError(f"benchmark is {what!r}; allowed are {', '.join(names)}")
+    script = BENCHMARKS / f"bench_{what}.py"
+    code = subprocess.run([sys.executable, str(script), *context.args], check=False).returncode
+    raise typer.Exit(code)
