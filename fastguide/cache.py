@@ -157,15 +157,16 @@ class CachedSequence:
         """Forget every token from ``length`` on."""
         self.drop_branches()
         if length < self._cached:
-            self.pool.slots.release(self.slots[length:])
+            dropped = self.slots[length:]
             self._cached = length
+            self.pool.slots.release(dropped)
         del self.tokens[length:]
 
     def drop_branches(self) -> None:
         """Give back the slots of continuations that were scored and not kept."""
-        for slots in self.branches.values():
+        while self.branches:  # taken out first: an interrupt may lose slots, never free them twice
+            _, slots = self.branches.popitem()
             self.pool.slots.release(slots)
-        self.branches.clear()
 
     def close(self) -> None:
         """Give every slot back; the sequence is empty afterwards."""

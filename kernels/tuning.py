@@ -136,11 +136,8 @@ def attention(kv_heads: int, rows: int, slots: int, head: int, query: torch.Tens
     stages come ``b`` steps of keys and values in flight, since their addresses are loaded too.
     """
     size = power_of_two(max(head, 32))
-    block_m, block_n, warps = (
-        min(max(power_of_two(rows), 16), 128 if _roomy(query.device) else 64),
-        64,
-        4,
-    )
+    most = 128 if _roomy(query.device) else 64
+    block_m, block_n, warps = min(max(power_of_two(rows), 16), most), 64, 4
     if query.dtype == torch.float32:  # no tensor cores: operands lie in registers
         block_m, block_n, warps = (32, 32, 4) if size <= 64 else (32 if size <= 128 else 16, 16, 8)
     elif size > 128:
