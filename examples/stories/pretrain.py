@@ -46,7 +46,8 @@ def pretrain(
 ) -> None:
     """Train on whole stories packed into rows of 256 tokens; AdamW, warm-up, cosine decay.
 
-    Writes model (bf16) and tokenizer into ``folder`` and a log beside it.
+    Writes model (bf16) and tokenizer into ``folder``; beside it a log and the state after every
+    epoch, from which a killed run continues to the same weights.
     """
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(train)
@@ -56,9 +57,17 @@ def pretrain(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1
     )
     total = epochs * (len(rows) // BATCH)
-    step, best, started = 0, math.inf, time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    for epoch in range(epochs):
+    checkpoint = folder.parent / "pretrain.pt"
+    begin, best, seconds = 0, math.inf, 0.0
+    if checkpoint.is_file():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        begin, best, seconds = state["epoch"], state["best"], state["seconds"]
+    step, started = begin * (len(rows) // BATCH), time.perf_counter() - seconds
+    for epoch in range(begin, epochs):
+        torch.manual_seed(seed + epoch)  # of the order and the dropout, wherever the run began
         model.train()
         for picks in torch.randperm(len(rows))[: len(rows) // BATCH * BATCH].view(-1, BATCH):
             warm, done = min(1.0, (step + 1) / 100), step / total
@@ -78,11 +87,16 @@ def pretrain(
         print(f"epoch {epoch + 1} of {epochs}: {error:.4f} nats per held-out token", flush=True)
         if error < best:
             best = error
-            state = {name: t.detach().bfloat16() for name, t in model.state_dict().items()}
-            del state["lm_head.weight"]  # it is the embedding
+            weights = {name: t.detach().bfloat16() for name, t in model.state_dict().items()}
+            del weights["lm_head.weight"]  # it is the embedding
             model.config.dtype = torch.bfloat16
-            model.save_pretrained(folder, state_dict=state)
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"epoch": epoch + 1, "best": best, "seconds": entry["seconds"]}
+        part = checkpoint.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(checkpoint)
 
 
 def _fresh_model(vocab_size: int) -> LlamaForCausalLM:
