@@ -73,6 +73,7 @@ struct Simd {
   // The 16-bit number of format D in the low or the high half of each word.
   template <DType D>
   [[gnu::always_inline]] static inline F32 low(U32 words) {
+    if constexpr (D == DType::bfloat16) return bits_as<F32>(words << 16);
     return from_bits<D, F32>(words & 0xffffu);
   }
   template <DType D>
@@ -122,20 +123,22 @@ struct Simd {
 
   // ------------------------------------------------------------------------------- functions
 
-  // exp(x) for x <= 0, and 0 below -87; its relative error is below 1e-7 there. NaN stays NaN.
-  [[gnu::always_inline]] static inline F32 exp_nonpositive(F32 x) {
-    const float log2e = 1.44269504f;
+  // 2^(x * rate) for products in [-126, 0]; its relative error is below 2e-7. NaN stays NaN.
+  [[gnu::always_inline]] static inline F32 exp2_product(F32 x, float rate) {
     const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const F32 shifted = x * log2e + round;
-    const F32 r = x * log2e - (shifted - round);  // rounded once where there is an FMA
-    F32 p = r * 1.5353362e-4f + 1.3398874e-3f;    // 2^r on [-1/2, 1/2], off by at most 2e-9
-    p = p * r + 9.6184369e-3f;
-    p = p * r + 5.5503324e-2f;
-    p = p * r + 2.4022648e-1f;
-    p = p * r + 6.9314718e-1f;
+    const F32 shifted = x * rate + round;
+    const F32 r = x * rate - (shifted - round);   // rounded once where there is an FMA
+    F32 p = r * 1.32746331e-3f + 9.67196189e-3f;  // 2^r on [-1/2, 1/2], off by at most 1e-7
+    p = p * r + 5.55067845e-2f;
+    p = p * r + 2.4022235e-1f;
+    p = p * r + 6.93147063e-1f;
     p = p * r + 1.0f;
-    const F32 power = bits_as<F32>((bits_as<U32>(shifted) + 127u) << 23);
-    return x < -87.0f ? F32{} : p * power;
+    return p * bits_as<F32>((bits_as<U32>(shifted) + 127u) << 23);
+  }
+
+  // exp(x) for x <= 0, and 0 below -87; its relative error is below 2e-7 there. NaN stays NaN.
+  [[gnu::always_inline]] static inline F32 exp_nonpositive(F32 x) {
+    return x < -87.0f ? F32{} : exp2_product(x, 1.44269504f);
   }
 
   // The relative error is below 3e-7.

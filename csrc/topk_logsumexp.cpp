@@ -1,7 +1,7 @@
-// A task is a part of one row, read once. It is walked in blocks that fit the L1 cache: z in fp32
-// with the maximum of each slice of raw logits, then the sum of the exponentials. The k-th largest
-// maximum of disjoint groups of slices is a lower bound of the k-th largest logit, so only the few
-// slices that reach it are searched for the k best.
+// A task is a part of one row, read from memory once. It is walked in chunks that fit the L1 cache:
+// first the maximum of each group of raw logits, then the sum of the exponentials. The k-th largest
+// maximum of disjoint groups is a lower bound of the k-th largest logit, so only the few groups
+// that reach it are searched for the k best.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -18,8 +18,10 @@
 namespace fastguide {
 namespace {
 
-constexpr std::int64_t kSlice = 128;       // logits that share one maximum
-constexpr std::int64_t kBlock = 2048;      // logits that stay in the L1 cache between two loops
+// A tile is `kDepth` lines of the cache; its groups are the words that lie at one place of them, so
+// that a maximum takes no steps across the lanes of a vector.
+constexpr std::int64_t kGroups = 16;       // words of a line
+constexpr std::int64_t kDepth = 16;        // words of a group
 constexpr std::int64_t kChunk = 8192;      // logits whose mass is summed on its own: see Mass
 constexpr std::int64_t kMinShare = 32768;  // fewer logits are not worth a thread
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -51,81 +53,114 @@ struct Mass {
   }
 };
 
+template <DType D>
+constexpr std::int64_t per_word = 4 / size_of(D);
+
+template <DType D>
+constexpr std::int64_t tile_size = kGroups * kDepth * per_word<D>;
+
 // ---------------------------------------------------------------------------------- hot loops
 
-// Of whole slices, the maximum of each (NaN is passed over) and every z, in any order; returns the
-// maximum of all.
+// The maximum of each group of whole tiles (NaN is passed over); returns the maximum of all.
 template <DType D>
-struct Load {
+struct Maxima {
   template <int Bytes>
-  [[gnu::always_inline]] static inline float run(const void* logits, std::int64_t slices,
-                                                 float factor, float* z, float* maxima) {
+  [[gnu::always_inline]] static inline float run(const void* logits, std::int64_t tiles,
+                                                 float* maxima) {
     using S = Simd<Bytes>;
-    constexpr int per_word = D == DType::float32 ? 1 : 2;
+    constexpr int parts = kGroups / S::lanes;  // vectors of a line
     const char* from = static_cast<const char*>(logits);
     auto best = S::broadcast(-kInf);
-    for (std::int64_t s = 0; s < slices; ++s) {
-      auto slice = S::broadcast(-kInf);
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      typename S::F32 groups[parts];
+      for (int p = 0; p < parts; ++p) groups[p] = S::broadcast(-kInf);
 #pragma GCC unroll 4
-      for (int i = 0; i < kSlice; i += S::lanes * per_word, from += Bytes) {
-        const auto words = S::template load<typename S::U32>(from);
-        if constexpr (per_word == 1) {
-          const auto x = bits_as<typename S::F32>(words);
-          slice = S::max(slice, x);
-          S::store(z + i, x * factor);
-        } else {
-          const auto even = S::template low<D>(words);
-          const auto odd = S::template high<D>(words);
-          slice = S::max(S::max(slice, even), odd);
-          S::store(z + i, even * factor);
-          S::store(z + i + S::lanes, odd * factor);
+      for (int i = 0; i < kDepth; ++i) {
+#pragma GCC unroll 4
+        for (int p = 0; p < parts; ++p, from += Bytes) {
+          const auto words = S::template load<typename S::U32>(from);
+          if constexpr (D == DType::float32) {
+            groups[p] = S::max(groups[p], bits_as<typename S::F32>(words));
+          } else {
+            groups[p] = S::max(groups[p], S::template low<D>(words));
+            groups[p] = S::max(groups[p], S::template high<D>(words));
+          }
         }
       }
-      z += kSlice;
-      maxima[s] = S::reduce_max(slice);
-      best = S::max(best, slice);
+      for (int p = 0; p < parts; ++p, maxima += S::lanes) {
+        S::store(maxima, groups[p]);
+        best = S::max(best, groups[p]);
+      }
     }
     return S::reduce_max(best);
   }
 };
 
-// The sum of exp(z - shift) over whole slices of z <= shift.
+// The sum of exp((x - shift) * factor) over whole tiles of x <= shift.
+template <DType D>
 struct SumExp {
   template <int Bytes>
-  [[gnu::always_inline]] static inline float run(const float* z, std::int64_t slices, float shift) {
+  [[gnu::always_inline]] static inline double run(const void* logits, std::int64_t tiles,
+                                                  float factor, float shift) {
     using S = Simd<Bytes>;
-    constexpr int ways = 4;  // partial sums are short, and do not wait for each other
-    typename S::F32 sums[ways] = {};
-    for (std::int64_t i = 0; i < slices * kSlice; i += ways * S::lanes) {
-#pragma GCC unroll 4
-      for (int w = 0; w < ways; ++w) {
-        const auto x = S::template load<typename S::F32>(z + i + w * S::lanes);
-        sums[w] += S::exp_nonpositive(x - shift);
+    constexpr int ways = 2;              // words at once, which do not wait for each other
+    constexpr std::int64_t at_once = 4;  // tiles of an fp32 sum: short ones lose little
+    const float rate = static_cast<float>(factor * 1.4426950408889634);
+    const float least = -126.0f / rate;
+    const char* from = static_cast<const char*>(logits);
+    double total = 0.0;
+    for (std::int64_t t = 0; t < tiles; t += at_once) {
+      const std::int64_t words = std::min(at_once, tiles - t) * kGroups * kDepth;
+      typename S::F32 sums[2 * ways] = {};
+      for (std::int64_t i = 0; i < words; i += ways * S::lanes) {
+#pragma GCC unroll 2
+        for (int w = 0; w < ways; ++w, from += Bytes) {
+          const auto bits = S::template load<typename S::U32>(from);
+          if constexpr (D == DType::float32) {
+            const auto x = bits_as<typename S::F32>(bits) - shift;
+            sums[w] += S::exp2_product(S::max(x, S::broadcast(least)), rate);
+          } else {
+            const auto even = S::template low<D>(bits) - shift;
+            const auto odd = S::template high<D>(bits) - shift;
+            sums[2 * w] += S::exp2_product(S::max(even, S::broadcast(least)), rate);
+            sums[2 * w + 1] += S::exp2_product(S::max(odd, S::broadcast(least)), rate);
+          }
+        }
       }
+      total += S::reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
-    return S::reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    return total;
   }
 };
 
-// Writes the keys of the logits that are not below the floor, and returns how many there are.
-template <DType D>
-struct Collect {
+// Halves n maxima, by joining groups, until fewer than `enough` are left; returns how many.
+struct Join {
   template <int Bytes>
-  [[gnu::always_inline]] static inline std::int64_t run(const void* logits, std::int64_t n,
-                                                        std::int64_t first_id, float floor,
-                                                        Key* keys) {
+  [[gnu::always_inline]] static inline std::int64_t run(float* maxima, std::int64_t n,
+                                                        std::int64_t enough) {
+    while (n >= enough) {
+      const std::int64_t half = (n + 1) / 2;
+      for (std::int64_t g = 0; g < n - half; ++g) {
+        maxima[g] = maxima[g + half] > maxima[g] ? maxima[g + half] : maxima[g];
+      }
+      n = half;
+    }
+    return n;
+  }
+};
+
+// Writes which of n maxima, whole vectors of them, reach the floor; returns how many do.
+struct Reaching {
+  template <int Bytes>
+  [[gnu::always_inline]] static inline std::int64_t run(const float* maxima, std::int64_t n,
+                                                        float floor, std::int32_t* groups) {
     using S = Simd<Bytes>;
     std::int64_t found = 0;
-    for (std::int64_t begin = 0; begin < n; begin += S::lanes) {
-      const std::int64_t end = begin + S::lanes < n ? begin + S::lanes : n;
-      if (end == begin + S::lanes) {
-        const auto x = S::template widen<D>(at<D>(logits, begin));
-        if (!S::any(~(x < floor))) continue;
-      }
-      for (std::int64_t i = begin; i < end; ++i) {
-        const float x = read<D>(logits, i);
-        keys[found] = to_key(x, first_id + i);
-        found += !(x < floor);
+    for (std::int64_t first = 0; first < n; first += S::lanes) {
+      if (!S::any(S::template load<typename S::F32>(maxima + first) >= floor)) continue;
+      for (std::int64_t g = first; g < first + S::lanes; ++g) {
+        groups[found] = static_cast<std::int32_t>(g);
+        found += maxima[g] >= floor;
       }
     }
     return found;
@@ -154,80 +189,96 @@ class Scanner {
 
   // Writes the mass of each chunk, and returns the keys of the k best logits, in any order.
   const Keys& scan(const Part& part, Mass* masses) {
-    const std::int64_t end = std::min(part.last * kChunk, logits_.vocab);
-    maxima_.resize((end - part.first * kChunk + kSlice - 1) / kSlice);
+    row_ = logits_.row(part.row);
+    first_ = part.first * kChunk;
+    end_ = std::min(part.last * kChunk, logits_.vocab);
+    const std::int64_t tiles = (end_ - first_ + tile_size<D> - 1) / tile_size<D>;
+    maxima_.resize(tiles * kGroups);
+    groups_.resize(tiles * kGroups);
     float* maxima = maxima_.data();
     for (std::int64_t chunk = part.first; chunk < part.last; ++chunk) {
-      const std::int64_t chunk_end = std::min((chunk + 1) * kChunk, end);
-      for (std::int64_t begin = chunk * kChunk; begin < chunk_end; begin += kBlock) {
-        maxima =
-            add_block(part.row, begin, std::min(begin + kBlock, chunk_end), maxima, masses[chunk]);
-      }
+      const std::int64_t begin = chunk * kChunk;
+      masses[chunk] =
+          add(begin, std::min(begin + kChunk, end_), logits_.inv_temperature[part.row], maxima);
+      maxima += kChunk / tile_size<D> * kGroups;
     }
-    keys_.clear();
-    float floor = lower_bound();
-    for (std::size_t s = 0; s < maxima_.size(); ++s) {
-      if (maxima_[s] < floor) continue;
-      const std::int64_t begin = part.first * kChunk + static_cast<std::int64_t>(s) * kSlice;
-      const std::int64_t n = std::min(kSlice, end - begin);
-      const std::size_t held = keys_.size();
-      keys_.resize(held + kSlice);
-      keys_.resize(held + run_loop<Collect<D>>(isa_, logit(part.row, begin), n, begin, floor,
-                                               keys_.data() + held));
-      if (static_cast<std::int64_t>(keys_.size()) >= 2 * k_ + kSlice) {
-        keep_best(keys_, k_);
-        // Ids rise from here on, so that a later logit must be larger than the k-th to matter.
-        floor = std::nextafter(key_logit(*std::min_element(keys_.begin(), keys_.end())), kInf);
-      }
-    }
-    keep_best(keys_, k_);
+    collect();
     return keys_;
   }
 
  private:
-  const void* logit(std::int64_t row, std::int64_t id) const { return at<D>(logits_.row(row), id); }
-
-  // Returns where the maxima of the next block go.
-  float* add_block(std::int64_t row, std::int64_t begin, std::int64_t end, float* maxima,
-                   Mass& mass) {
-    alignas(64) float z[kBlock];
-    const float factor = logits_.inv_temperature[row];
-    const std::int64_t whole = (end - begin) / kSlice, rest = (end - begin) % kSlice;
-    const std::int64_t slices = whole + (rest != 0);
-    float maximum = run_loop<Load<D>>(isa_, logit(row, begin), whole, factor, z, maxima);
+  // The mass of a chunk, and its maxima.
+  Mass add(std::int64_t begin, std::int64_t end, float factor, float* maxima) {
+    const std::int64_t whole = (end - begin) / tile_size<D>, rest = (end - begin) % tile_size<D>;
+    const void* logits = at<D>(row_, begin);
+    float most = run_loop<Maxima<D>>(isa_, logits, whole, maxima);
+    std::uint32_t last[kGroups * kDepth];
     if (rest) {
-      std::uint32_t padded[kSlice];
-      std::fill_n(padded, kSlice, minus_infinity(D));
-      std::memcpy(padded, logit(row, end - rest), rest * size_of(D));
-      maximum = std::max(maximum, run_loop<Load<D>>(isa_, padded, std::int64_t{1}, factor,
-                                                    z + whole * kSlice, maxima + whole));
+      std::fill_n(last, kGroups * kDepth, minus_infinity(D));
+      std::memcpy(last, at<D>(row_, end - rest), rest * size_of(D));
+      const void* padded = last;
+      most = std::max(most,
+                      run_loop<Maxima<D>>(isa_, padded, std::int64_t{1}, maxima + whole * kGroups));
     }
-    mass.raise(maximum * factor);
-    mass.sum += run_loop<SumExp>(isa_, z, slices, mass.shift());
-    return maxima + slices;
+    Mass mass;
+    mass.maximum = most * factor;
+    const float shift = std::isinf(most) ? 0.0f : most;
+    mass.sum = run_loop<SumExp<D>>(isa_, logits, whole, factor, shift);
+    if (rest) {
+      const void* padded = last;
+      mass.sum += run_loop<SumExp<D>>(isa_, padded, std::int64_t{1}, factor, shift);
+    }
+    return mass;
+  }
+
+  void collect() {
+    keys_.clear();
+    float floor = lower_bound();
+    const auto n = static_cast<std::int64_t>(maxima_.size());
+    const std::int64_t reaching =
+        run_loop<Reaching>(isa_, maxima_.data(), n, floor, groups_.data());
+    std::int64_t tile = 0;
+    for (std::int64_t i = 0; i < reaching; ++i) {
+      const std::int64_t group = groups_[i];
+      if (group / kGroups != tile && keys_.size() >= 2 * k_ + tile_size<D>) {
+        keep_best(keys_, k_);
+        // Ids rise from tile to tile, so that from here on a logit must be larger than the k-th.
+        floor = std::nextafter(key_logit(*std::min_element(keys_.begin(), keys_.end())), kInf);
+      }
+      tile = group / kGroups;
+      if (maxima_[group] < floor) continue;
+      const std::int64_t begin = first_ + tile * tile_size<D> + group % kGroups * per_word<D>;
+      for (std::int64_t d = 0; d < kDepth; ++d) {
+        for (std::int64_t w = 0; w < per_word<D>; ++w) {
+          const std::int64_t id = begin + d * kGroups * per_word<D> + w;
+          if (id >= end_) break;
+          const float x = read<D>(row_, id);
+          if (!(x < floor)) keys_.push_back(to_key(x, id));
+        }
+      }
+    }
+    keep_best(keys_, k_);
   }
 
   // No more than the k-th largest logit of the part.
   float lower_bound() {
-    groups_ = maxima_;
-    auto n = static_cast<std::int64_t>(groups_.size());
+    joined_ = maxima_;
     // The more groups, the closer the bound, but 2k to 4k are close enough and quick to order.
-    for (; n >= 4 * k_; n = (n + 1) / 2) {
-      for (std::int64_t g = 0; g < n / 2; ++g) {
-        groups_[g] = std::max(groups_[2 * g], groups_[2 * g + 1]);
-      }
-      if (n % 2) groups_[n / 2] = groups_[n - 1];
-    }
+    const std::int64_t n =
+        run_loop<Join>(isa_, joined_.data(), static_cast<std::int64_t>(joined_.size()), 4 * k_);
     if (n < k_) return -kInf;
-    const auto kth = groups_.begin() + (k_ - 1);
-    std::nth_element(groups_.begin(), kth, groups_.begin() + n, std::greater<>());
+    const auto kth = joined_.begin() + (k_ - 1);
+    std::nth_element(joined_.begin(), kth, joined_.begin() + n, std::greater<>());
     return *kth;
   }
 
   const Logits& logits_;
   std::int64_t k_;
   Isa isa_;
-  std::vector<float> maxima_, groups_;
+  const void* row_ = nullptr;
+  std::int64_t first_ = 0, end_ = 0;  // the part's logits
+  std::vector<float> maxima_, joined_;
+  std::vector<std::int32_t> groups_;
   Keys keys_;
 };
 

@@ -89,8 +89,8 @@ def scan(logits: torch.Tensor, k: int, shifted: bool) -> Scan:
     lanes = 256 if share > 512 else 512
     while lanes < 2048 and (lanes < columns or 2 * lanes * lanes < columns * share):
         lanes *= 2
-    # The second look holds columns * tiles vectors at once.
-    tiles = min(-(-share // lanes), 4096 // columns)
+    # The second look holds columns * tiles vectors at once, and numbers vectors with 16 bits.
+    tiles = min(-(-share // lanes), 2048 // columns, 2**16 // lanes)
     part = tiles * lanes - shifted  # a shifted part begins within the first vector
     splits = -(-vectors // part)
     return Scan(

@@ -144,7 +144,7 @@ def launches(every: bool) -> Iterator[partial[None]]:
     yield partial(_td_lambda, 64, 512, float32)
     if not every:
         return
-    for dtype in (float32, bfloat16, float16):
+    for dtype in (float32, bfloat16):  # float16 takes the instructions of bfloat16
         for rows in (1, 64, 1024):
             yield partial(_topk, rows, 50_257, 21, dtype)
         yield partial(_topk, 1024, 131_072, 21, dtype)

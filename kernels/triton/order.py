@@ -114,10 +114,10 @@ def _merge(h, LOG: tl.constexpr, DIMS: tl.constexpr):
 
 @triton.jit
 def largest(keys, K: tl.constexpr, SORTED: tl.constexpr = False):
-    """The ``K`` largest keys, descending: a bitonic top-k network; all sizes are powers of two.
+    """The ``K`` largest keys, descending: a bitonic top-k network; sizes are powers of two.
 
     Unlike ``tl.topk`` it can start from keys that lie in runs of ``K``, every other one ascending
-    (``SORTED``), it takes ``K = 1`` in every version, and the interpreter runs it on whole arrays.
+    (``SORTED``), and the interpreter runs it on whole arrays.
     """
     LOG_N: tl.constexpr = log2(keys.shape[0])
     LOG_K: tl.constexpr = log2(K)

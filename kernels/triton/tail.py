@@ -3,8 +3,8 @@
 Formula: of the tokens that rank below the last candidate, by (descending logit, lower id), the
 first at which the cumulative mass exceeds ``fraction`` of the mass of them all.
 
-Bytes: rows that draw are read about 8 times (16 bits) or 12 times (fp32), after the first from the
-L2 cache; other rows are not read.
+Bytes: rows that draw are read 6 to 12 times (16 bits) or 8 to 20 times (fp32), after the first time
+from the L2 cache; other rows are not read.
 
 Instead of sorting, a search over the logits, ordered as integers, finds the drawn one: each pass
 over the row sums the mass at or above three boundaries. Such a sum depends on its boundary alone,

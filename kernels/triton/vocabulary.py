@@ -77,7 +77,7 @@ def _load(logits_ptr, at, first, end, column_stride):
     return tl.load(logits_ptr + at * column_stride, mask=real, other=float("-inf"))
 
 
-@triton.jit(do_not_specialize=["k", "splits", "part"])
+@triton.jit(do_not_specialize=["k", "splits"])
 def _scan_kernel(
     values_ptr,
     ids_ptr,

@@ -18,7 +18,8 @@ STORIES = [f"Once upon a time {name} saw {n} red birds. " * 24 for name in "ABC"
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("pretrain", FILE)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
