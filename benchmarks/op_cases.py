@@ -57,22 +57,24 @@ def cases(device: str, dtype: torch.dtype = torch.bfloat16) -> list[Callable[[],
     heads = (32, 32, 128) if large else (12, 12, 64)
     grouped = (heads[0], heads[0] // 4, heads[2])
     width = 4096 if large else 768
-    found = [partial(topk_case, n, 128_256, 20, *where) for n in (1, 8, 64)]
+    found = [partial(topk_logsumexp_case, n, 128_256, 20, *where) for n in (1, 8, 64)]
     if large:
-        found += [partial(topk_case, n, 128_256, 20, *where) for n in (256, 1024)]
-        found += [partial(topk_case, 1, 131_072, 20, *where)]
-        found += [partial(topk_case, n, 131_072, 256, device, torch.float32) for n in (1, 64)]
-    found += [partial(step_case, n, 128_256, 20, *where) for n in (1, 8, 64)]
-    found += [partial(tail_case, n, 128_256, 64, *where) for n in (1, 8)]
+        found += [partial(topk_logsumexp_case, n, 128_256, 20, *where) for n in (256, 1024)]
+        found += [partial(topk_logsumexp_case, 1, 131_072, 20, *where)]
+        found += [
+            partial(topk_logsumexp_case, n, 131_072, 256, device, torch.float32) for n in (1, 64)
+        ]
+    found += [partial(sampling_step_case, n, 128_256, 20, *where) for n in (1, 8, 64)]
+    found += [partial(sample_tail_case, n, 128_256, 64, *where) for n in (1, 8)]
     found += [
-        partial(attention_case, n, prefix, 20, *heads, *where)
+        partial(tree_attention_case, n, prefix, 20, *heads, *where)
         for n in (1, 8)
         for prefix in (128, 512, 2048, 8192)
     ]
-    found += [partial(attention_case, 8, 512, 20, *grouped, *where)]
-    found += [partial(attention_case, n, 512, 1, *heads, *where) for n in (1, 8)]
-    found += [partial(lora_case, n, width, width, 16, *where) for n in (21, 40, 168)]
-    found += [partial(td_case, *size, device) for size in ((32, 320), (256, 1024))]
+    found += [partial(tree_attention_case, 8, 512, 20, *grouped, *where)]
+    found += [partial(tree_attention_case, n, 512, 1, *heads, *where) for n in (1, 8)]
+    found += [partial(lora_rows_case, n, width, width, 16, *where) for n in (21, 40, 168)]
+    found += [partial(td_lambda_case, *size, device) for size in ((32, 320), (256, 1024))]
     return found
 
 
@@ -90,7 +92,7 @@ def _logits(rows: int, vocab: int, device: str, dtype: torch.dtype) -> list[Tens
     return [(torch.randn(rows, vocab, device=device) * 3).to(dtype) for _ in range(_copies(size))]
 
 
-def topk_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) -> Case:
+def topk_logsumexp_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) -> Case:
     """Top-k and log-sum-exp of whole rows."""
     logits = _logits(rows, vocab, device, dtype)
     ones = torch.ones(rows, device=device)
@@ -122,7 +124,7 @@ def _topk_fp32(logits: Tensor, k: int) -> tuple[Any, Tensor]:
     return torch.topk(wide, k), torch.logsumexp(wide, -1)
 
 
-def step_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) -> Case:
+def sampling_step_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) -> Case:
     """From logits and scores to a token from the guided distribution of VAS, and its KL."""
     logits = _logits(rows, vocab, device, dtype)
     inverse = torch.full((rows,), 1 / 0.7, device=device)
@@ -184,7 +186,7 @@ def step_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) ->
     return case
 
 
-def tail_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) -> Case:
+def sample_tail_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) -> Case:
     """A draw from outside the candidates in every row; half of that tail lies before the token."""
     logits = _logits(rows, vocab, device, dtype)
     ones = torch.ones(rows, device=device)
@@ -210,7 +212,7 @@ def tail_case(rows: int, vocab: int, k: int, device: str, dtype: torch.dtype) ->
 # -------------------------------------------------------------------------------- attention
 
 
-def attention_case(
+def tree_attention_case(
     requests: int,
     prefix: int,
     k: int,
@@ -283,7 +285,9 @@ def attention_case(
 # ------------------------------------------------------------------------------------- LoRA
 
 
-def lora_case(rows: int, width: int, out: int, rank: int, device: str, dtype: torch.dtype) -> Case:
+def lora_rows_case(
+    rows: int, width: int, out: int, rank: int, device: str, dtype: torch.dtype
+) -> Case:
     """A linear layer whose second half of the rows carries an adapter: layer and LoRA together."""
     torch.manual_seed(0)
     size = out * width * torch.finfo(dtype).bits // 8
@@ -323,7 +327,7 @@ def lora_case(rows: int, width: int, out: int, rank: int, device: str, dtype: to
 # --------------------------------------------------------------------------------- training
 
 
-def td_case(rows: int, length: int, device: str) -> Case:
+def td_lambda_case(rows: int, length: int, device: str) -> Case:
     """TD(lambda) targets of a batch of responses."""
     values, rewards = torch.randn(2, rows, length, device=device).unbind()
     mask = torch.ones(rows, length, dtype=torch.bool, device=device)

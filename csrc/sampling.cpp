@@ -187,6 +187,12 @@ void guide_sample(const GuideSample& args, int threads) {
       refuse("count must be 1 to ", args.columns, ", the columns of values, not ", args.count[n],
              " (row ", n, ")");
     }
+    const bool tail = (args.mode[n] & kFill) != kFillDrop && args.count[n] < args.logits.vocab;
+    if (tail && args.count[n] == args.columns) {
+      refuse("count must be at most ", args.columns - 1,
+             " in a row with a tail, whose first token ", "is the next of the ", args.columns,
+             " columns of values, not ", args.count[n], " (row ", n, ")");
+    }
   }
   const auto worth = std::max<std::int64_t>(1, rows * args.columns / kMinColumns);
   const auto team = static_cast<int>(std::min<std::int64_t>(threads, worth));

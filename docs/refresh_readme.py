@@ -1,9 +1,9 @@
-"""Put the demo's real output and the measured tables into README.md.
+"""Put the demo's real output and the measured tables into README.md and docs/kernels.md.
 
     python docs/refresh_readme.py            # everything
     python docs/refresh_readme.py --tables   # only what comes from committed records
 
-A block of the README between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced as a whole.
+A block of a page between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+KERNELS = ROOT / "docs/kernels.md"
 QUALITY = ROOT / "docs/results/stories.json"
 SPEED = ROOT / "benchmarks/results"
 
@@ -89,19 +90,46 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def ops() -> str:
+    """Every op beside its fastest rival, from the op benchmark's records."""
+    lines = []
+    for path in sorted(SPEED.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("benchmark") != "ops":
+            continue
+        environment = record["environment"]
+        lines += [
+            f"{environment['device']}, {environment['threads']} threads, torch "
+            f"{environment['torch']}, medians; reading memory reaches "
+            f"{record['rooflines']['read_GB_per_s']:.0f} GB/s.",
+            "",
+            "| op | case | ms | fastest other | ms | speed-up | lower bound |",
+            "| --- | --- | ---: | --- | ---: | ---: | --- |",
+        ]
+        for r in record["results"]:
+            other = r.get("fastest_other", "")
+            floors = ", ".join(f"{x:.2f} × {name}" for name, x in r.get("over_floor", {}).items())
+            lines.append(
+                f"| {r['op']} | {r['shape']} | {r['runs']['fastguide']['ms']:.4g} | {other} "
+                f"| {r['runs'][other]['ms']:.4g} | {r['speedup']:.2f} | {floors} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def _mean(estimate: dict[str, float], form: str) -> str:
     value = round(estimate["mean"], 6) + 0.0  # + 0.0 turns -0.0 into 0.0
     return f"{value:{form}} ± {estimate['ci95']:{form.lstrip('+')}}"
 
 
-TABLES = {"quality": quality, "speed": speed}
+TABLES = {"quality": (README, quality), "speed": (README, speed), "ops": (KERNELS, ops)}
 
 
 def replaced(text: str, name: str, block: str) -> str:
     """The text with one block exchanged."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n?<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"README.md has no block {name!r}")
+        raise ValueError(f"the page has no block {name!r}")
     return pattern.sub(lambda found: found[1] + block + "\n" + found[2].lstrip("\n"), text)
 
 
@@ -109,11 +137,10 @@ def main() -> None:
     """Command line; see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", action="store_true", help="leave the demo's output as it is")
-    blocks = TABLES if parser.parse_args().tables else {**TABLES, "demo": demo}
-    text = README.read_text(encoding="utf-8")
-    for name, make in blocks.items():
-        text = replaced(text, name, make())
-    README.write_text(text, encoding="utf-8")
+    blocks = TABLES if parser.parse_args().tables else {**TABLES, "demo": (README, demo)}
+    for name, (page, make) in blocks.items():
+        text = page.read_text(encoding="utf-8")
+        page.write_text(replaced(text, name, make()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -76,10 +76,12 @@ def tree_attention(
     row_starts: Tensor,
     trunk: Tensor,
     branch: Tensor,
+    max_slots: int,
+    max_rows: int,
     window: int,
     softcap: float,
 ) -> None:
-    """See ``reference.tree_attention``; the tensors of the layout one by one."""
+    """See ``reference.tree_attention``; the fields of the layout one by one."""
     for name, tensor, shape in (
         ("query", query, "[N, H, D]"),
         ("keys", keys, "[S, H_kv, D]"),
@@ -102,6 +104,18 @@ def tree_attention(
     _tensor("layout.slot_starts", slot_starts, row_starts.shape, _INT32, device)
     _tensor("layout.trunk", trunk, (rows,), _INT32, device)
     _tensor("layout.branch", branch, (rows,), _INT32, device)
+    requests = row_starts.shape[0] - 1
+    if rows > 0 and requests < 1:
+        raise ValueError(f"layout must have at least 1 request for its {rows} rows, not 0.")
+    if rows > 0 and not -(-rows // requests) <= max_rows <= rows:
+        raise ValueError(
+            f"layout.max_rows must be {-(-rows // requests)} to {rows} for {rows} rows of "
+            f"{requests} requests, not {max_rows}."
+        )
+    if rows > 0 and max_slots < max_rows:
+        raise ValueError(
+            f"layout.max_slots must be at least max_rows, {max_rows}, not {max_slots}."
+        )
     if window < 0:
         raise ValueError(f"window must be at least 0 (none), not {window}.")
     if not 0 <= softcap < float("inf"):

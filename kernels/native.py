@@ -2,7 +2,7 @@
 
 Each function has the contract of its namesake in ``reference``, and the test of every
 implementation is its test. Arguments are expected to be of the shapes and dtypes that contract
-names (``dispatch`` checks them); numbers inside them that would lead out of bounds raise a
+names (``checks`` does that for ``ops``); numbers inside them that would lead out of bounds raise a
 ``ValueError``. Results are new and contiguous. Neither the number of threads
 (``torch.get_num_threads()``) nor the other rows of a call change a row's results.
 """
@@ -81,8 +81,6 @@ def obstacle(*tensors: Tensor) -> str | None:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             received = str(tensor.dtype).removeprefix("torch.")
             return f"the native ops read {allowed}, not {received}"
-        if tensor.requires_grad and torch.is_grad_enabled():
-            return "the native ops have no gradient: call them under torch.no_grad()"
         if tensor.ndim and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return f"the native ops want a stride of 1 along rows, not {tensor.stride(-1)}"
     return None
@@ -144,7 +142,8 @@ def guide_sample(
     """See ``reference.guide_sample``; a row that draws a candidate does not read its logits.
 
     Raises:
-        ValueError: a count is not 1 to K, or a drawn id is not one of the vocabulary.
+        ValueError: a count is not 1 to K, a row with a tail has no column after its candidates,
+            or a drawn id is not one of the vocabulary.
     """
     _refuse(obstacle(logits))
     rows, vocab = logits.shape
@@ -239,8 +238,7 @@ def tree_attention(
 ) -> Tensor:
     """See ``reference.tree_attention``; all but the last dimension may have any stride.
 
-    Keys and values of a request are read once per KV head and about 72 queries, so this is the
-    way for the rows of candidates; a long prefill is better off with a gather and SDPA.
+    Keys and values of a request are read once per KV head and about 72 queries.
 
     Raises:
         ValueError: the layout points out of the pool, or out of order.

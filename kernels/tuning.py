@@ -16,6 +16,9 @@ import torch
 MAX_COLUMNS = 257
 """Most columns of ``topk_logsumexp``: 256 candidates and the one below them."""
 
+MAX_HEAD = 256
+"""Largest head of ``tree_attention``: a larger one fits neither registers nor shared memory."""
+
 PROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
 """What to plan for where there is no GPU to ask: multiprocessors of an H100 or H200, and the bytes

@@ -27,9 +27,9 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-def block(name: str) -> str:
-    """What stands between a pair of marks in the README."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def block(name: str, page: Path = ROOT / "README.md") -> str:
+    """What stands between a pair of marks in a page."""
+    text = page.read_text(encoding="utf-8")
     found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
     assert found is not None, name
     return found[1].strip()
@@ -84,7 +84,10 @@ def test_commands_exist(page: str, line: str) -> None:
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
     elif program == "python":
-        assert (ROOT / arguments[0]).is_file()
+        if arguments[0] == "-m":
+            assert importlib.util.find_spec(arguments[1]) is not None
+        else:
+            assert (ROOT / arguments[0]).is_file()
     elif program not in ("pip", "source") and arguments[0] not in ("--help", "COMMAND"):
         assert program == "fastguide"
         command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
@@ -118,10 +121,11 @@ def test_the_tree_lists_real_files() -> None:
             parent = ROOT / entry
 
 
-@pytest.mark.parametrize("name", ["quality", "speed"])
+@pytest.mark.parametrize("name", ["quality", "speed", "ops"])
 def test_tables_are_those_of_the_records(refresh: ModuleType, name: str) -> None:
     """``python docs/refresh_readme.py --tables`` makes them current."""
-    assert block(name) == refresh.TABLES[name]().strip()
+    page, table = refresh.TABLES[name]
+    assert block(name, page) == table().strip()
 
 
 def test_the_demo_block_is_of_this_demo() -> None:

@@ -2,7 +2,8 @@
 
 Notation (one row = one request at one step): logits divided by the temperature are ``z``,
 ``A = logsumexp(z)`` over the vocabulary, ``b`` the bonus that a rule gives each candidate.
-Each function runs on any device, allocates its outputs, mutates nothing and is deterministic.
+Each function runs on any device, allocates its outputs (contiguous), mutates nothing and is
+deterministic.
 """
 
 from .attention import DenseTree, TreeLayout, dense_tree, tree_attention

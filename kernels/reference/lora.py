@@ -30,4 +30,4 @@ def lora_rows(base: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Tensor) -
         mine = (rows >= segments[g]) & (rows < segments[g + 1])
         shrunk = x.to(wide) @ a[g].to(wide).T
         out = torch.where(mine, out + shrunk @ b[g].to(wide).T, out)
-    return out.to(base.dtype)
+    return out.to(base.dtype).contiguous()

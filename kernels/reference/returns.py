@@ -27,8 +27,8 @@ def td_lambda(values: Tensor, rewards: Tensor, mask: Tensor, gamma: float, lam: 
     dtype = values.dtype
     wide = torch.promote_types(dtype, torch.float32)
     values, rewards = values.to(wide), rewards.to(wide)
-    targets = torch.zeros_like(values)
-    following = torch.zeros_like(values[:, 0])
+    targets = values.new_zeros(values.shape)
+    following = values.new_zeros(values.shape[0])
     for t in range(values.shape[1] - 1, -1, -1):
         more = mask[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(mask[:, t])
         ahead = values[:, t + 1] if t + 1 < values.shape[1] else following

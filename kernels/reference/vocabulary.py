@@ -33,7 +33,7 @@ def topk_logsumexp(
     width = min(k, vocab)
     order = _descending(exact)[:, :width]
     values = z.gather(-1, order)
-    ids = order.to(torch.int32)
+    ids = order.to(torch.int32).contiguous()
     if width < k:
         values = F.pad(values, (0, k - width), value=float("-inf"))
         ids = F.pad(ids, (0, k - width), value=-1)

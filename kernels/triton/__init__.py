@@ -11,10 +11,16 @@ from torch import Tensor, bfloat16, float16, float32
 
 from fastguide.kernels import tuning
 
+
+def missing(error: ImportError) -> str:
+    """What is said where Triton cannot be imported."""
+    return f"Triton is not installed ({error}); to install it: pip install 'fastguide[triton]'"
+
+
 try:
     import triton
 except ImportError as error:
-    _why_not = f"Triton is not installed ({error}); to install it: pip install 'fastguide[triton]'"
+    _why_not = missing(error)
     _interpreted = False
 else:
     _why_not = ""
@@ -47,12 +53,13 @@ def available() -> bool:
     return not _why_not
 
 
-def obstacle(*tensors: Tensor, k: int = 0) -> str | None:
+def obstacle(*tensors: Tensor, k: int = 0, head: int = 0) -> str | None:
     """Why the Triton ops cannot take these tensors here, as a sentence, or None if they can.
 
     Args:
         tensors: those whose dtype may differ: logits; query, keys and values; and so on.
         k: columns asked for, where an op has them.
+        head: the larger head size, of keys or values, where an op has them.
     """
     if _why_not:
         return _why_not
@@ -65,4 +72,6 @@ def obstacle(*tensors: Tensor, k: int = 0) -> str | None:
             return f"the Triton ops read {allowed}, not {received}"
     if k > tuning.MAX_COLUMNS:
         return f"the Triton ops give up to {tuning.MAX_COLUMNS} columns, not {k}"
+    if head > tuning.MAX_HEAD:
+        return f"the Triton ops attend with heads of up to {tuning.MAX_HEAD}, not {head}"
     return None

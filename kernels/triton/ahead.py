@@ -38,14 +38,22 @@ from . import attention, lora, returns, sampling, tail, vocabulary
 
 MODULES = (vocabulary, tail, sampling, attention, lora, returns)
 
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes that a program can have, by compute capability."""
+DEVICES = {80: (108, 163), 89: (128, 99), 90: (132, 227), 100: (148, 227)}
+"""Multiprocessors, and KiB of shared memory that a program can have, by compute capability: of
+A100, RTX 4090, H100 and B200."""
 
 SPILLS = 64
 """Bytes of local memory that are no fault: ptxas parks a few numbers there, outside the loops, to
 fit one more program into a multiprocessor."""
 
-HOT = ("_scan_kernel", "_guide_sample_kernel", "_tree_attention_kernel", "_lora_rows_kernel")
+HOT = (
+    "_scan_kernel",
+    "_merge_kernel",
+    "_guide_sample_kernel",
+    "_sample_tail_kernel",
+    "_tree_attention_kernel",
+    "_lora_rows_kernel",
+)
 """Kernels of every step, which may not spill more."""
 
 
@@ -67,7 +75,7 @@ class Report:
         """What is wrong with it, if anything."""
         if self.stack > SPILLS and self.kernel in HOT:
             return "spills"
-        return "shared memory" if self.shared > SHARED_MEMORY[self.capability] else ""
+        return "shared memory" if self.shared > DEVICES[self.capability][1] * 1024 else ""
 
 
 # ------------------------------------------------------------------------------- launches
@@ -144,7 +152,10 @@ def launches(every: bool) -> Iterator[partial[None]]:
     yield partial(_td_lambda, 64, 512, float32)
     if not every:
         return
-    for dtype in (float32, bfloat16):  # float16 takes the instructions of bfloat16
+    yield partial(_topk, 64, 50_257, 21, float16)
+    yield partial(_sample_tail, 1024, 50_257, float16)
+    yield partial(_attention, 1, 20, 128, (8, 8), 128, float16)
+    for dtype in (float32, bfloat16):
         for rows in (1, 64, 1024):
             yield partial(_topk, rows, 50_257, 21, dtype)
         yield partial(_topk, 1024, 131_072, 21, dtype)
@@ -219,7 +230,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def compiled(launch: Callable[[], None], capability: int) -> list[Report]:
     """Compile the kernels of one launch for one architecture, e.g. 90 for sm_90."""
-    tuning.SHARED_MEMORY = SHARED_MEMORY[capability]
+    processors, kibibytes = DEVICES[capability]
+    tuning.PROCESSORS, tuning.SHARED_MEMORY = processors, kibibytes * 1024
     with _noted() as calls:
         launch()
     reports = []
@@ -251,7 +263,7 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels without a GPU.")
     parser.add_argument("--every", action="store_true", help="every kind of launch; takes minutes")
-    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100], choices=SHARED_MEMORY)
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 90, 100], choices=DEVICES)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:

@@ -41,8 +41,10 @@ def _tanh(x):
 @triton.jit
 def _load(pool, j, end):
     """Keys ``[N, D]`` and values ``[N, E]`` of the request's slots ``j``, below ``end``."""
-    slots_ptr, keys_ptr, values_ptr, size, key_slot_stride, value_slot_stride, in_d, in_e = pool
-    slot = tl.load(slots_ptr + j, mask=j < end, other=-1)
+    table, keys_ptr, values_ptr, size, key_slot_stride, value_slot_stride, in_d, in_e = pool
+    slots_ptr, slot_start, table_size = table
+    listed = (j < end) & (slot_start + j >= 0) & (slot_start + j < table_size)
+    slot = tl.load(slots_ptr + slot_start + j, mask=listed, other=-1)
     stored = ((slot >= 0) & (slot < size))[:, None]
     slot = slot.to(tl.int64)[:, None]
     key = tl.load(keys_ptr + slot * key_slot_stride, mask=stored & in_d, other=0.0)
@@ -88,6 +90,8 @@ def _tree_attention_kernel(
     scaling,
     softcap,
     window,
+    rows_in_all,
+    table_size,
     size,
     kv_heads,
     query_row_stride,
@@ -116,8 +120,8 @@ def _tree_attention_kernel(
         return
     # Line m of the block is query head m % GROUP of the KV head, in row m // GROUP of the request.
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = m < rows * GROUP
     row = row_start + m // GROUP
+    real = (m < rows * GROUP) & (row >= 0) & (row < rows_in_all)
     query_head = head * GROUP + m % GROUP
     trunk = tl.load(trunk_ptr + row, mask=real, other=0)
     branch = tl.load(branch_ptr + row, mask=real, other=0)
@@ -142,8 +146,8 @@ def _tree_attention_kernel(
     query = tl.load(query_ptr + at[:, None] + d, mask=real[:, None] & (d < D), other=0.0)
     keys_ptr += head.to(tl.int64) * key_head_stride + d
     values_ptr += head.to(tl.int64) * value_head_stride + e
-    slots_ptr += slot_start
-    pool = (slots_ptr, keys_ptr, values_ptr, size, key_slot_stride, value_slot_stride, d < D, e < E)
+    table = (slots_ptr, slot_start, table_size)
+    pool = (table, keys_ptr, values_ptr, size, key_slot_stride, value_slot_stride, d < D, e < E)
     high = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
@@ -204,7 +208,8 @@ def tree_attention(
     """``reference.tree_attention`` for fp32, bf16 and fp16, head sizes up to 256.
 
     Sums are fp32; probabilities are rounded to the type of the values before they multiply them.
-    A slot number outside the pool is not read, and counts as a slot of zeros.
+    What a broken layout points at outside the tensors is neither read nor written: such a slot
+    counts as one of zeros.
     """
     query, keys, values = (t if t.stride(2) == 1 else t.contiguous() for t in (query, keys, values))
     rows, heads, d = query.shape
@@ -228,10 +233,12 @@ def tree_attention(
             query,
             keys,
             values,
-            *layout[:5],
+            *(t.contiguous() for t in layout[:5]),
             float(scaling),
             float(softcap),
             window,
+            rows,
+            layout.slots.shape[0],
             size,
             kv_heads,
             *query.stride()[:2],

@@ -99,7 +99,7 @@ def lora_rows(base: Tensor, x: Tensor, a: Tensor, b: Tensor, segments: Tensor) -
             x,
             a,
             b,
-            segments,
+            segments.contiguous(),
             rows,
             width,
             outs,

@@ -211,6 +211,37 @@ def test_strided_queries_and_shared_slots(impl: Any) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_strided_layouts_and_heads(impl: Any) -> None:
+    """A layout of views: every second number, and one number for all rows."""
+    layout = layout_of([(12, 0, [1] * 4)], 40)
+    spread = [torch.stack([t, torch.full_like(t, -9)], 1)[:, 0] for t in layout[:5]]
+    spread[3] = layout.trunk[:1].expand(4)
+    query, keys, values = torch.randn(4, 2, 64), torch.randn(40, 1, 64), torch.randn(40, 1, 64)
+    if impl.name != "native":  # which wants heads in one piece
+        query, keys, values = query[..., ::2], keys[..., ::2], values[..., ::2]
+    views = TreeLayout(*spread, *layout[5:])
+    found = impl(tree_attention, query, keys, values, views, scaling=0.2)
+    exact = definition(query, keys, values, layout, scaling=0.2)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_threads_changes_no_bit(impl: Any) -> None:
+    if impl.name != "native":
+        pytest.skip("only the native ops share work out among threads")
+    layout = layout_of(REQUESTS["mixed"], 2000)
+    query = torch.randn(len(layout.trunk), 4, 32)
+    keys, values = torch.randn(2, 2000, 2, 32).unbind()
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append(impl(tree_attention, query, keys, values, layout, scaling=0.2))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_neighbours_change_nothing(impl: Any) -> None:
     both = layout_of([(90, 0, [1] * 20), (300, 1, [2, 1])], 500)
     query, (keys, values) = torch.randn(24, 4, 32), torch.randn(2, 500, 2, 32).unbind()
@@ -225,6 +256,8 @@ def test_neighbours_change_nothing(impl: Any) -> None:
     )
     together = impl(tree_attention, query, keys, values, both, scaling=0.2)
     one = impl(tree_attention, query[:20], keys, values, alone, scaling=0.2)
+    if impl.name == "native":
+        assert torch.equal(together[:20], one)
     torch.testing.assert_close(together[:20], one, rtol=1e-5, atol=1e-6)
 
 

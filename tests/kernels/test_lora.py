@@ -71,6 +71,17 @@ def test_strided_rows(impl: Any) -> None:
     check(impl, base[::2, :64], x[1::2, 5:69], a[:, :, :64], b[:, :64], [1, 6])
 
 
+def test_strided_columns_and_segments(impl: Any) -> None:
+    base, x, a, b = inputs(12, 80, 90, 8, 2, torch.float32)
+    cuts = torch.tensor([1, 99, 5, 99, 11], dtype=torch.int32)[::2]
+    given = (base, x, a, b)
+    if impl.name != "native":  # which wants a stride of 1 along rows
+        given = tuple(t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in given)
+    found = impl(lora_rows, *given, cuts)
+    exact = reference.lora_rows(base, x, a, b, cuts.contiguous())
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_any_input(impl: Any) -> None:
     @settings(max_examples=impl.size(30, 10), deadline=None)
     @given(data=st.data())

@@ -36,7 +36,9 @@ def test_td_lambda_equals_the_forward_view(impl: Any, lam: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "length"), [(0, 5), (1, 1), (4, 130), (33, 700), (2, 3000)])
+@pytest.mark.parametrize(
+    ("rows", "length"), [(0, 5), (3, 0), (1, 1), (4, 130), (33, 700), (2, 3000)]
+)
 def test_sizes(impl: Any, rows: int, length: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(length)
     values = torch.randn(rows, length, generator=generator).to(dtype)
