@@ -116,6 +116,8 @@ struct SumExp {
 #pragma GCC unroll 2
         for (int w = 0; w < ways; ++w, from += Bytes) {
           const auto bits = S::template load<typename S::U32>(from);
+          // Memory works ahead, at the next chunk, while this one is computed with.
+          __builtin_prefetch(from + kChunk * size_of(D), 0, 3);
           if constexpr (D == DType::float32) {
             const auto x = bits_as<typename S::F32>(bits) - shift;
             sums[w] += S::exp2_product(S::max(x, S::broadcast(least)), rate);
