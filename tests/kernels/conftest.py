@@ -85,12 +85,14 @@ def _name(implementation: Implementation) -> str:
     return "-".join(filter(None, (implementation.name, implementation.isa)))
 
 
+def _marks(implementation: Implementation) -> list[pytest.MarkDecorator]:
+    if implementation.name != "triton":
+        return []
+    return [pytest.mark.gpu if CUDA else pytest.mark.slow]  # its interpreter takes minutes
+
+
 @pytest.fixture(
-    scope="session",
-    params=[
-        pytest.param(i, id=_name(i), marks=[pytest.mark.gpu] if CUDA and i.name == "triton" else [])
-        for i in ALL
-    ],
+    scope="session", params=[pytest.param(i, id=_name(i), marks=_marks(i)) for i in ALL]
 )
 def impl(request: pytest.FixtureRequest) -> Implementation:
     """One implementation after the other; what cannot run here is skipped, with the reason."""
