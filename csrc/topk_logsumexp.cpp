@@ -242,7 +242,8 @@ class Scanner {
     std::int64_t tile = 0;
     for (std::int64_t i = 0; i < reaching; ++i) {
       const std::int64_t group = groups_[i];
-      if (group / kGroups != tile && keys_.size() >= 2 * k_ + tile_size<D>) {
+      if (group / kGroups != tile &&
+          static_cast<std::int64_t>(keys_.size()) >= 2 * k_ + tile_size<D>) {
         keep_best(keys_, k_);
         // Ids rise from tile to tile, so that from here on a logit must be larger than the k-th.
         floor = std::nextafter(key_logit(*std::min_element(keys_.begin(), keys_.end())), kInf);
