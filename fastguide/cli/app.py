@@ -11,9 +11,11 @@ from typer.core import TyperGroup
 
 from fastguide import __version__
 from fastguide.cli.bench import bench
+from fastguide.cli.collect import collect, label
 from fastguide.cli.demo import demo
 from fastguide.cli.generate import generate
 from fastguide.cli.output import drop_output
+from fastguide.cli.train import train
 
 UsageError: Any = typer.BadParameter.__base__
 """What typer raises for options that it cannot read; some versions bring a click of their own."""
@@ -72,6 +74,9 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(demo)
+app.command()(collect)
+app.command()(label)
+app.add_typer(train, name="train")
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 

@@ -103,6 +103,67 @@ Stream = Annotated[bool, _option(_OUTPUT, "Print text as it is decoded.", "--str
 AsJson = Annotated[bool, _option(_OUTPUT, "One JSON object per completion.", "--json")]
 Output = Annotated[str | None, _option(_OUTPUT, "Write to a file.", metavar="FILE")]
 
+_DATA, _BACKBONE, _TRAINING = "Data", "Backbone", "Training"
+
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="Where the collection lies.")]
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        metavar="[WEIGHT*]REWARD",
+        help=(
+            "cheerfulness, vader, length, brevity, classifier:PATH, regex:PATTERN, "
+            "checker:COMMAND or MODULE:FUNCTION; repeat for a sum."
+        ),
+    ),
+]
+Labels = Annotated[str, typer.Option("--labels", metavar="NAME", help="Name of the rewards.")]
+JudgedTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Judge the first tokens only.", **_COUNT),
+]
+CollectSeed = Annotated[int, _option(_SAMPLING, "Another seed, another outcome.", **_SEED)]
+ShardPrompts = Annotated[int, _option(_SAMPLING, "Prompts per shard.", "--shard", **_COUNT)]
+MaxRows = Annotated[int, _option(_SAMPLING, "Responses sampled together.", **_COUNT)]
+
+Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of a collection.")]
+Out = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the guide goes.")]
+Backbone = Annotated[
+    str | None,
+    _option(_BACKBONE, "Left out: the packaged story model.", "--model", metavar="PATH|HUB-ID"),
+]
+LoraRank = Annotated[int, _option(_BACKBONE, "Rank of the LoRA.", **_COUNT)]
+Full = Annotated[bool, _option(_BACKBONE, "Train all weights, without a LoRA.", "--full")]
+Freeze = Annotated[bool, _option(_BACKBONE, "Train the head alone.", "--freeze")]
+Head = Annotated[str, _option(_BACKBONE, "Head on the hidden states.", metavar="linear|mlp")]
+Quantize = Annotated[
+    str | None, _option(_BACKBONE, "Bits of the backbone's weights.", metavar="int8|int4")
+]
+Lam = Annotated[float, _option(_TRAINING, "λ of the targets, 0 to 1.", "--lam", **_STRENGTH)]
+Gamma = Annotated[float, _option(_TRAINING, "Discount, 0 to 1.", **_STRENGTH)]
+LearningRate = Annotated[float, _option(_TRAINING, "Peak, after a warm-up.", **_STRENGTH)]
+Epochs = Annotated[float, _option(_TRAINING, "Passes over the data.", **_STRENGTH)]
+BatchSize = Annotated[int, _option(_TRAINING, "Responses per step and device.", **_COUNT)]
+Ema = Annotated[
+    float | None, _option(_TRAINING, "Keep an average of the weights (0.99).", **_STRENGTH)
+]
+BFloat16 = Annotated[bool, _option(_TRAINING, "Mixed precision.", "--bf16")]
+HeldOut = Annotated[float, _option(_TRAINING, "Share of prompts to validate on.", **_STRENGTH)]
+Set = Annotated[
+    list[str] | None,
+    _option(_TRAINING, "Any of transformers' TrainingArguments.", "--set", metavar="NAME=VALUE"),
+]
+Sweep = Annotated[
+    list[str] | None,
+    _option(
+        _TRAINING, "Train with each value, keep the best.", "--sweep", metavar="NAME=VALUE,VALUE"
+    ),
+]
+Above = Annotated[
+    float | None,
+    _option(_DATA, "Raw reward above which a response counts (median).", **_STRENGTH),
+]
+
 DemoPrompts = Annotated[
     list[str] | None,
     typer.Option("--prompt", metavar="TEXT", help="A prompt of your own; repeat for more."),
