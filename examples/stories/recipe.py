@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from cards import write_base_card, write_guide_cards
-from pretrain import pretrain
+from pretrain import pretrain, sample_stories
 from prompts import read_stories, training_prompts
 
 from fastguide import Engine
@@ -105,7 +105,11 @@ def make_base(options: argparse.Namespace, target: Path) -> None:
         source = options.work / "base"
         if not (source / "done").is_file():
             train, valid = (read_stories(options.data / f"{n}.txt") for n in ("train", "valid"))
-            pretrain(train, valid, source, epochs=options.base_epochs)
+            sampled: list[str] = []
+            if options.sampled:
+                file = options.work / "sampled.json"
+                sampled = sample_stories(options.teacher, options.sampled, file)
+            pretrain(train, valid, source, epochs=options.base_epochs, sampled=sampled)
             (source / "done").touch()
     target.mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:
@@ -216,7 +220,9 @@ def _parse() -> argparse.Namespace:
     add("--data", type=Path, default=shared / "data/stories", help="train.txt and valid.txt")
     add("--model", type=Path, default=shared / "models/stories5m", help="base model to copy")
     add("--from-scratch", action="store_true", help="train the base model on the data instead")
-    add("--base-epochs", type=int, default=10, help="epochs of --from-scratch")
+    add("--base-epochs", type=int, default=8, help="epochs of --from-scratch")
+    add("--sampled", type=int, default=7500, help="stories of --teacher to train on as well")
+    add("--teacher", type=Path, default=shared / "models/stories260k", help="tells them")
     add("--prompts", type=int, default=9000, help="training prompts, two responses each")
     add("--only", choices=[guide.name for guide in GUIDES], help="train this guide only")
     add("--no-report", action="store_true", help="do not measure the guides at the end")
