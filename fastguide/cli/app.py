@@ -13,6 +13,7 @@ from fastguide import __version__
 from fastguide.cli.bench import bench
 from fastguide.cli.collect import collect, label
 from fastguide.cli.demo import demo
+from fastguide.cli.evaluate import evaluate
 from fastguide.cli.generate import generate
 from fastguide.cli.output import drop_output
 from fastguide.cli.train import train
@@ -77,6 +78,7 @@ app.command()(demo)
 app.command()(collect)
 app.command()(label)
 app.add_typer(train, name="train")
+app.command()(evaluate)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 

@@ -164,6 +164,10 @@ Above = Annotated[
     _option(_DATA, "Raw reward above which a response counts (median).", **_STRENGTH),
 ]
 
+StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file.")]
+StudyOut = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where results go.")]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw them (matplotlib).")]
+
 DemoPrompts = Annotated[
     list[str] | None,
     typer.Option("--prompt", metavar="TEXT", help="A prompt of your own; repeat for more."),

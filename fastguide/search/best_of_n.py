@@ -98,6 +98,19 @@ def choose(prompt: str, completions: Sequence[Completion], reward: Reward) -> Ch
     return Choice(ordered[0].prompt, best, ordered, rewards)
 
 
+def best_weights(total: int, n: int) -> list[float]:
+    """How likely each of ``total`` responses, from worst to best, is the best of a random n.
+
+    Raises:
+        ValueError: n is not 1 to ``total``.
+    """
+    if not 1 <= n <= total:
+        raise ValueError(f"n is {n}; allowed are 1 to {total}, the number of responses")
+    # The i-th smallest is the best of n if the others are among the i - 1 below it.
+    ways = math.comb(total, n)
+    return [math.comb(i, n - 1) / ways for i in range(total)]
+
+
 def expected_best(rewards: Sequence[float], n: int) -> float:
     """The mean reward of the best of n, over all ways to take n of these without replacement.
 
@@ -106,14 +119,8 @@ def expected_best(rewards: Sequence[float], n: int) -> float:
     Raises:
         ValueError: n is not 1 to the number of rewards.
     """
-    total = len(rewards)
-    if not 1 <= n <= total:
-        raise ValueError(f"n is {n}; allowed are 1 to {total}, the number of rewards")
-    # The i-th smallest is the best of n if the others are among the i - 1 below it.
-    ways = math.comb(total, n)
-    return math.fsum(
-        value * math.comb(i, n - 1) / ways for i, value in enumerate(sorted(rewards)) if i >= n - 1
-    )
+    shares = best_weights(len(rewards), n)
+    return math.fsum(w * value for w, value in zip(shares, sorted(rewards), strict=True))
 
 
 def kl_of_best(n: int) -> float:
