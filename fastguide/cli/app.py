@@ -17,6 +17,7 @@ from fastguide.cli.evaluate import evaluate
 from fastguide.cli.generate import generate
 from fastguide.cli.output import drop_output
 from fastguide.cli.train import train
+from fastguide.cli.validate import validate
 
 UsageError: Any = typer.BadParameter.__base__
 """What typer raises for options that it cannot read; some versions bring a click of their own."""
@@ -78,6 +79,7 @@ app.command()(demo)
 app.command()(collect)
 app.command()(label)
 app.add_typer(train, name="train")
+app.command()(validate)
 app.command()(evaluate)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 

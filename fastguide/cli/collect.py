@@ -35,7 +35,7 @@ def collect(
     shard: options.ShardPrompts = 256,
     max_rows: options.MaxRows = 64,
 ) -> None:
-    """Sample responses to prompts and judge them, for training guides.
+    """Sample responses to prompts and judge them.
 
     Killed at any moment and started again, it continues: nothing is lost, nothing is there twice.
     """
@@ -72,7 +72,10 @@ def label(
     trust_remote_code: options.TrustRemoteCode = False,
     max_tokens: options.JudgedTokens = None,
 ) -> None:
-    """Judge the responses of a collection once more, by another reward or at another length."""
+    """Judge the responses of a collection by another reward.
+
+    A folder may hold several, under names of their own; responses may be cut before (--max-tokens).
+    """
     from fastguide import assets
     from fastguide.models.loading import load_tokenizer
     from fastguide.train.shards import Shards

@@ -14,9 +14,9 @@ def evaluate(
     out: options.StudyOut,
     plots: options.Plots = True,
 ) -> None:
-    """Compare methods on the same prompts; killed and started again, it continues.
+    """Compare methods on the same prompts.
 
-    Writes results.json, table.md and plots. docs/evaluate.md says what a study is.
+    Killed and started again, it continues. Writes results.json, table.md and plots. docs/evaluate.md says what a study is.
     """
     from rich.console import Console
     from rich.progress import (

@@ -149,6 +149,12 @@ Ema = Annotated[
 ]
 BFloat16 = Annotated[bool, _option(_TRAINING, "Mixed precision.", "--bf16")]
 HeldOut = Annotated[float, _option(_TRAINING, "Share of prompts to validate on.", **_STRENGTH)]
+ValidationSet = Annotated[
+    str | None,
+    _option(
+        _TRAINING, "Measure against what fastguide validate made.", "--validation", metavar="FOLDER"
+    ),
+]
 Set = Annotated[
     list[str] | None,
     _option(_TRAINING, "Any of transformers' TrainingArguments.", "--set", metavar="NAME=VALUE"),
@@ -163,6 +169,20 @@ Above = Annotated[
     float | None,
     _option(_DATA, "Raw reward above which a response counts (median).", **_STRENGTH),
 ]
+
+GuideFolders = Annotated[
+    list[str] | None, typer.Argument(metavar="GUIDE", help="Guide folders, hub ids or names.")
+]
+ValidationOut = Annotated[
+    str, typer.Option("--set", metavar="FOLDER", help="Where the validation set lies, or goes.")
+]
+ValidationData = Annotated[
+    str | None, typer.Option("--data", metavar="FOLDER", help="Collection to make it from.")
+]
+ValidationPrompts = Annotated[
+    int, typer.Option("--prompts", help="Prompts whose responses are cut in half.", **_COUNT)
+]
+Completions = Annotated[int, typer.Option(help="Ways each half is finished.", **_COUNT)]
 
 StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file.")]
 StudyOut = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where results go.")]

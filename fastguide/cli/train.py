@@ -16,7 +16,7 @@ from fastguide.cli import options
 if TYPE_CHECKING:
     from fastguide.train.prefix import PrefixConfig
 
-train = typer.Typer(help="Train guides, from what fastguide collect made.", no_args_is_help=True)
+train = typer.Typer(help="Train guides on what fastguide collect made.", no_args_is_help=True)
 
 
 @train.command()
@@ -38,6 +38,7 @@ def value(
     ema: options.Ema = None,
     bf16: options.BFloat16 = False,
     held_out: options.HeldOut = 0.05,
+    validation: options.ValidationSet = None,
     seed: options.CollectSeed = 0,
     extra: options.Set = None,
     swept: options.Sweep = None,
@@ -45,7 +46,7 @@ def value(
     """A value model by TD(λ) (VAS); --lam 1 is Monte-Carlo, --lam 0 one-step TD."""
     given = {"gamma": gamma, "lam": lam, "learning_rate": learning_rate, "ema": ema, "bf16": bf16}
     given |= {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "seed": seed}
-    backbone = _backbone(lora_rank, full, freeze, head, quantize)
+    backbone = _backbone(lora_rank, full, freeze, head, quantize) | {"validation": validation}
     _train("value", data, out, model, labels, held_out, given, extra, swept, backbone)
 
 
@@ -130,7 +131,7 @@ def _train(
         typer.echo(f"best of the sweep: {chosen}")
     else:
         metrics = run(Path(out), {})
-    shown = ("mse", "explained_variance", "loss", "accuracy", "last_accuracy")
+    shown = "mse explained_variance mc_mse mc_explained_variance loss accuracy".split()
     found = [f"{n} {metrics[f'eval_{n}']:.4f}" for n in shown if f"eval_{n}" in metrics]
     typer.echo(f"guide in {out}" + (f"; on held-out prompts: {', '.join(found)}" if found else ""))
 

@@ -55,6 +55,7 @@ def collect(
     config: CollectConfig,
     *,
     policy: str,
+    limits: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Shards:
     """Sample responses to all prompts, unguided, into ``folder``; shards already there stay.
@@ -65,18 +66,21 @@ def collect(
         folder: made if needed.
         config: sampling and shard size.
         policy: a name for the model, kept in the manifest: a folder is not continued with another.
+        limits: most tokens of the responses to each prompt, where they differ from ``config``'s.
         on_progress: told after each response, those already there included.
 
     Raises:
         ValueError: when the folder holds rollouts of other prompts, settings or policy.
     """
     shards = open_shards(prompts, folder, config, policy)
+    most = [config.max_tokens] * len(prompts) if limits is None else list(limits)
     done, of = 0, len(prompts) * config.samples_per_prompt
     for number in range(shards.series[ROLLOUTS]["of"]):
+        first = number * config.shard_prompts
         chunk = shard_prompts(prompts, config, number)
         if not shards.has(ROLLOUTS, number):
             rollouts = []
-            for rollout in sample(engine, chunk, number * config.shard_prompts, config):
+            for rollout in sample(engine, chunk, first, config, most[first:]):
                 rollouts.append(rollout)
                 if on_progress is not None:
                     on_progress(done + len(rollouts), of)
@@ -107,13 +111,17 @@ def shard_prompts(
 
 
 def sample(
-    engine: Engine, prompts: Sequence[Sequence[int]], first: int, config: CollectConfig
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    first: int,
+    config: CollectConfig,
+    limits: Sequence[int],
 ) -> Iterator[Rollout]:
-    """Responses to prompts ``first``, ``first + 1``, …, as they end."""
+    """Responses to prompts ``first``, ``first + 1``, …, as they end; ``limits`` are theirs."""
     sampling = [
         SamplingParams(
             temperature=config.temperature,
-            max_tokens=config.max_tokens,
+            max_tokens=limits[i],
             n=config.samples_per_prompt,
             seed=sample_seed(config.seed, first + i + 1),
         )

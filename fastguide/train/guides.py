@@ -20,9 +20,11 @@ from fastguide.train.episodes import Episode
 from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes
 from fastguide.train.prefix import PrefixConfig, PrefixTrainer
 from fastguide.train.shards import Shards
+from fastguide.train.validation import validate
 from fastguide.train.value import ValueConfig, ValueTrainer
 
 RESULTS_FILE = "sweep.json"
+MONTE_CARLO = "eval_mc_mse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Kind:
     guide: str
     """``GuideConfig.kind``."""
     criterion: str
-    """The validation metric that a sweep minimises."""
+    """The validation metric that a sweep minimises, where there is no ``MONTE_CARLO``."""
 
 
 KINDS = {
@@ -50,9 +52,13 @@ def split(episodes: Sequence[Episode], held_out: float) -> tuple[list[Episode], 
     """
     train, valid = [], []
     for episode in episodes:
-        place = zlib.crc32(repr(episode.prompt_ids).encode()) / 2**32
-        (valid if place < held_out else train).append(episode)
+        (valid if is_held_out(episode.prompt_ids, held_out) else train).append(episode)
     return train, valid
+
+
+def is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
+    """Whether a prompt is of the share that is not trained on; so is everyone who asks alike."""
+    return zlib.crc32(repr(tuple(prompt_ids)).encode()) / 2**32 < share
 
 
 def train_guide(
@@ -64,6 +70,7 @@ def train_guide(
     labels: str = "reward",
     held_out: float = 0.05,
     above: float | None = None,
+    validation: str | Path | None = None,
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
     on_start: Callable[[int, int], None] | None = None,
@@ -80,6 +87,7 @@ def train_guide(
         labels: the series of rewards.
         held_out: share of the prompts for validation.
         above: for ``fudge``: a raw reward above this is the attribute; None is the median.
+        validation: a set of ``make_validation``, to measure a value model against as well.
         dtype: of the saved weights; None saves them as they are.
         base_model: what the guide says its base is; None is where it was loaded from.
         on_start: told how many episodes there are to train on, and to validate.
@@ -87,7 +95,8 @@ def train_guide(
         model: options of ``ValueModel.create``.
 
     Returns:
-        The validation metrics, named as in the trainer (``eval_…``); nothing without validation.
+        The validation metrics, named as in the trainer (``eval_…``), and with ``validation`` the
+        error against it as ``eval_mc_mse`` and ``eval_mc_explained_variance``.
 
     Raises:
         ValueError: the data are missing or unfinished, do not vary, or a setting is not allowed.
@@ -117,6 +126,11 @@ def train_guide(
         on_start(len(train), len(valid))
     trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
     metrics = trainer.evaluate() if valid else {}
+    if validation is not None:
+        with trainer.averaged():
+            measured = validate(value.eval(), validation)
+        metrics["eval_mc_mse"] = measured.mse.mean
+        metrics["eval_mc_explained_variance"] = measured.explained_variance.mean
     kept = {key.removeprefix("eval_"): round(x, 6) for key, x in metrics.items() if _kept(key)}
     more = {"validation": kept, "hyperparameters": _hyperparameters(config)}
     value.config = dataclasses.replace(value.config, training=facts | more)
@@ -172,7 +186,7 @@ def sweep(
     Raises:
         ValueError: a run has no validation metric to choose by.
     """
-    target, criterion = Path(folder), KINDS[kind].criterion
+    target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     record = target / RESULTS_FILE
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
@@ -183,12 +197,13 @@ def sweep(
         found = next((r for r in known if r["settings"] == settings), None)
         if found is None:
             metrics = train(target / name, settings)
-            if criterion not in metrics:
-                raise ValueError(f"a sweep chooses by {criterion}; hold some prompts out")
+            if not {MONTE_CARLO, KINDS[kind].criterion} & set(metrics):
+                raise ValueError("a sweep needs an error to choose by: hold some prompts out")
             found = {"settings": settings, "folder": name, "metrics": metrics}
         results.append(found)
         record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    best = min(results, key=lambda result: result["metrics"][criterion])
+    known_by = MONTE_CARLO if MONTE_CARLO in results[0]["metrics"] else KINDS[kind].criterion
+    best = min(results, key=lambda result: result["metrics"][known_by])
     for file in (target / best["folder"]).iterdir():
         if file.is_file():
             shutil.copyfile(file, target / file.name)
