@@ -62,7 +62,7 @@ def _one_sentence() -> Iterator[None]:
         sentence = " ".join(error.format_message().split()).rstrip(".")
         typer.echo(f"error: {sentence[:1].lower()}{sentence[1:]}", err=True)
         raise typer.Exit(BAD_INPUT) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
 

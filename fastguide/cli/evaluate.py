@@ -16,7 +16,8 @@ def evaluate(
 ) -> None:
     """Compare methods on the same prompts.
 
-    Killed and started again, it continues. Writes results.json, table.md and plots. docs/evaluate.md says what a study is.
+    Killed and started again, it continues. Writes results.json, table.md and plots.
+    docs/evaluate.md says what a study is.
     """
     from rich.console import Console
     from rich.progress import (

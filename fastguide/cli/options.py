@@ -68,17 +68,17 @@ RuleName = Annotated[
         _RULE,
         "How scores steer; left out: vas with guides, else none.",
         "--rule",
-        metavar="vas|args|none",
+        metavar="vas|args|fudge|none",
     ),
 ]
 Beta = Annotated[
     float | None,
     _option(_RULE, "Strength of vas (1); below 0 steers away.", **_STRENGTH),
 ]
-Weight = Annotated[float | None, _option(_RULE, "Strength of args (1.5).", **_STRENGTH)]
+Weight = Annotated[float | None, _option(_RULE, "Strength of args (1.5), fudge (1).", **_STRENGTH)]
 K = Annotated[
     int | None,
-    _option(_RULE, "Tokens scored per step (vas 20, args 10).", "--k", **_COUNT),
+    _option(_RULE, "Tokens scored per step (20, args 10).", "--k", **_COUNT),
 ]
 Fill = Annotated[
     str | None, _option(_RULE, "vas: score of all other tokens.", metavar="mean|none|drop")

@@ -20,11 +20,15 @@ class Sample(NamedTuple):
 class Reward(Protocol):
     """Judges finished responses. To add one, write a class with these two and a ``per_token``."""
 
-    name: str
-    """How it is called in records; for what ``load_reward`` made, what it was made from."""
+    @property
+    def name(self) -> str:
+        """How it is called in records; for what ``load_reward`` made, what it was made from."""
+        ...
 
-    per_token: float
-    """The reward of every token, if it is a constant times the number of tokens; else 0."""
+    @property
+    def per_token(self) -> float:
+        """The reward of every token, if it is a constant times the number of tokens; else 0."""
+        ...
 
     def __call__(self, samples: Sequence[Sample]) -> list[float]:
         """The reward of each sample, in order."""
@@ -64,7 +68,7 @@ class WeightedSum:
 class Failure(NamedTuple):
     """A sample that a reward could not judge."""
 
-    index: int
+    sample: int
     reason: str
 
 

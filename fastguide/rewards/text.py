@@ -131,7 +131,7 @@ class FunctionReward:
     per_token = 0.0
 
     def __init__(self, function: Callable[[str, str], Any], name: str | None = None) -> None:
-        self.name = name or getattr(function, "__name__", "function")
+        self.name = name or str(getattr(function, "__name__", "function"))
         self._function = function
 
     @classmethod

@@ -229,12 +229,12 @@ def judged(
     values, failures = judge(reward, samples)
     if len(failures) > MOST_FAILURES * len(samples):
         first = failures[0]
-        where = rollouts[first.index]
+        where = rollouts[first.sample]
         raise ValueError(
             f"reward {reward.name} failed on {len(failures)} of {len(samples)} samples (allowed "
             f"are 5 %), first on prompt {where.prompt}, sample {where.sample}: {first.reason}"
         )
-    reasons = {failure.index: failure.reason for failure in failures}
+    reasons = {failure.sample: failure.reason for failure in failures}
     table = pa.table(
         {
             "reward": pa.array(values, pa.float64()),

@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,7 +70,7 @@ class FudgeTrainer(PrefixTrainer):
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """From the sums over all episodes."""
-        right, last, prefixes = prediction.predictions.sum(axis=0)
+        right, last, prefixes = np.asarray(prediction.predictions).sum(axis=0)
         return {
             "accuracy": float(right / prefixes),
             "last_accuracy": float(last / len(prediction.predictions)),

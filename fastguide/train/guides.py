@@ -50,7 +50,8 @@ def split(episodes: Sequence[Episode], held_out: float) -> tuple[list[Episode], 
 
     All responses to a prompt, and to the same prompt elsewhere in the data, lie on one side.
     """
-    train, valid = [], []
+    train: list[Episode] = []
+    valid: list[Episode] = []
     for episode in episodes:
         (valid if is_held_out(episode.prompt_ids, held_out) else train).append(episode)
     return train, valid

@@ -135,7 +135,9 @@ class PrefixTrainer(Trainer):
     ) -> None:
         if not train_dataset:
             raise ValueError("training needs at least one episode, got none")
-        self._weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._weights: dict[str, Tensor] = {
+            n: p for n, p in model.named_parameters() if p.requires_grad
+        }
         if not self._weights:
             raise ValueError("the model has no weights that require a gradient")
         super().__init__(
@@ -172,7 +174,12 @@ class PrefixTrainer(Trainer):
     # -------------------------------------------------------------------- what Trainer calls
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        *_: Any,
+        **__: Any,
     ) -> Any:
         """As in ``Trainer``."""
         batch = EpisodeBatch(**inputs)
@@ -226,7 +233,7 @@ class PrefixTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            self.value_model.save_pretrained(output_dir or self.args.output_dir)
+            self.value_model.save_pretrained(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

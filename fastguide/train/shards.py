@@ -42,6 +42,7 @@ class Shards:
     """
 
     def __init__(self, folder: str | Path, about: dict[str, Any] | None = None) -> None:
+        parquet()  # said before anything is sampled
         self.folder = Path(folder)
         file = self.folder / MANIFEST_FILE
         manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

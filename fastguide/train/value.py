@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction
@@ -83,7 +84,7 @@ class ValueTrainer(PrefixTrainer):
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """From the sums over all episodes."""
         episodes = len(prediction.predictions)
-        square, terminal, first, second, states = prediction.predictions.sum(axis=0)
+        square, terminal, first, second, states = np.asarray(prediction.predictions).sum(axis=0)
         mse, variance = square / states, second / states - (first / states) ** 2
         return {
             "mse": float(mse),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def test_a_changed_shard_is_noticed(whole: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
     shards = manifest["series"]["rollouts"]["shards"]
     assert [facts["rows"] for facts in shards.values()] == [4, 4, 2]
+
+
+def test_missing_pyarrow_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'fastguide\[train\]'"):
+        Shards(tmp_path, {})
 
 
 def test_a_folder_without_rollouts_is_named(tmp_path: Path) -> None:
