@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from fastguide.rewards import Reward, load_reward
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastguide.train.collect import CollectConfig
     from fastguide.train.shards import Shards
 
 
@@ -34,6 +35,9 @@ def collect(
     seed: options.CollectSeed = 0,
     shard: options.ShardPrompts = 256,
     max_rows: options.MaxRows = 64,
+    ray: options.Ray = False,
+    workers: options.Workers = 1,
+    gpus: options.Gpus = 0.0,
 ) -> None:
     """Sample responses to prompts and judge them.
 
@@ -44,6 +48,14 @@ def collect(
 
     texts = read_prompts(prompts or [], source)
     config = CollectConfig(samples, max_tokens, temperature, seed, shard)
+    if ray:
+        with_options = {
+            "dtype": dtype,
+            "max_rows": max_rows,
+            "trust_remote_code": trust_remote_code,
+        }
+        _with_ray(out, texts, rewards, name, model, config, workers, gpus, with_options)
+        return
     judges = _rewards(rewards, device, trust_remote_code)
     engine = load_engine(
         model,
@@ -61,6 +73,53 @@ def collect(
     typer.echo(f"{len(ids) * samples} responses of {engine.policy} in {out}")
     if judges is not None:
         _label(shards, judges, engine.tokenizer, name, None)
+
+
+def _with_ray(
+    out: str,
+    texts: list[str],
+    rewards: Sequence[str] | None,
+    name: str,
+    model: str | None,
+    config: CollectConfig,
+    workers: int,
+    gpus: float,
+    engine: dict[str, Any],
+) -> None:
+    from fastguide import assets
+    from fastguide.engine.progress import progress
+    from fastguide.models.loading import load_tokenizer
+    from fastguide.train.ray_data import collect_with_ray, label_with_ray
+
+    if rewards:
+        load_reward(rewards, device="cpu")  # mistakes are told before anything is sampled
+    path = assets.resolve(model or assets.MODEL)
+    ids = load_tokenizer(path, trust_remote_code=engine["trust_remote_code"])(texts).input_ids
+    total = len(ids) * config.samples_per_prompt
+    with progress(total, wanted=True, what="responses") as note:
+        shards = collect_with_ray(
+            path,
+            ids,
+            out,
+            config,
+            workers=workers,
+            gpus=gpus,
+            options=engine,
+            on_progress=lambda done, _: note(done),
+        )
+    typer.echo(f"{total} responses of {shards.about['policy']} in {out}")
+    if rewards:
+        with progress(total, wanted=True, what="rewards") as note:
+            shards = label_with_ray(
+                out,
+                rewards,
+                path,
+                name=name,
+                workers=workers,
+                gpus=gpus,
+                on_progress=lambda done, _: note(done),
+            )
+        _say(shards, total, name)
 
 
 def label(
@@ -100,7 +159,7 @@ def _label(
     max_tokens: int | None,
 ) -> None:
     from fastguide.engine.progress import progress
-    from fastguide.train.collect import ROLLOUTS, failures, label
+    from fastguide.train.collect import ROLLOUTS, label
 
     total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
     with progress(total, wanted=True, what="rewards") as note:
@@ -112,9 +171,15 @@ def _label(
             max_tokens=max_tokens,
             on_progress=lambda done, _: note(done),
         )
-    failed = failures(shards, name)
+    _say(shards, total, name)
+
+
+def _say(shards: Shards, total: int, name: str) -> None:
+    from fastguide.train.collect import failures
+
+    failed, reward = failures(shards, name), shards.series[name]["about"]["reward"]
     left_out = f"; {failed} could not be judged and are left out" if failed else ""
-    typer.echo(f"{total - failed} rewards ({reward.name}) as {name!r} in {shards.folder}{left_out}")
+    typer.echo(f"{total - failed} rewards ({reward}) as {name!r} in {shards.folder}{left_out}")
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:

@@ -126,6 +126,11 @@ CollectSeed = Annotated[int, _option(_SAMPLING, "Another seed, another outcome."
 ShardPrompts = Annotated[int, _option(_SAMPLING, "Prompts per shard.", "--shard", **_COUNT)]
 MaxRows = Annotated[int, _option(_SAMPLING, "Responses sampled together.", **_COUNT)]
 
+_RAY = "Ray"
+Ray = Annotated[bool, _option(_RAY, "Sample and judge as a Ray Data pipeline.", "--ray")]
+Workers = Annotated[int, _option(_RAY, "Engines, and judges, at once.", **_COUNT)]
+Gpus = Annotated[float, _option(_RAY, "GPUs of each; 0 is the CPU.", **_STRENGTH)]
+
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of a collection.")]
 Out = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the guide goes.")]
 Backbone = Annotated[

@@ -168,6 +168,11 @@ def read(folder: str | Path) -> Iterator[Rollout]:
         yield _rollout(row)
 
 
+def rollouts_of(table: Any) -> list[Rollout]:
+    """The responses of one shard."""
+    return [_rollout(row) for row in table.to_pylist()]
+
+
 def label(
     folder: str | Path,
     reward: Reward,
@@ -191,21 +196,27 @@ def label(
         ValueError: the responses are unfinished; the series is of another reward or limit; or
             more than 5 % of the samples of a shard cannot be judged, which are then named.
     """
-    shards = Shards(folder)
-    if not shards.complete(ROLLOUTS):
-        raise ValueError(f"the rollouts at {folder} are unfinished; run their collection again")
-    of = shards.series[ROLLOUTS]["of"]
-    shards.begin(name, of, reward=reward.name, max_tokens=max_tokens, per_token=reward.per_token)
+    shards = label_series(folder, reward, name, max_tokens)
     rows = [entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values()]
     done = 0
-    for number in range(of):
-        rollouts = [_rollout(row) for row in shards.read(ROLLOUTS, number).to_pylist()]
+    for number in range(shards.series[name]["of"]):
+        rollouts = rollouts_of(shards.read(ROLLOUTS, number))
         if not shards.has(name, number):
             table, failed = judged(rollouts, reward, decode, max_tokens)
             shards.write(name, number, table, failed=failed)
         done += len(rollouts)
         if on_progress is not None:
             on_progress(done, sum(rows))
+    return shards
+
+
+def label_series(folder: str | Path, reward: Reward, name: str, max_tokens: int | None) -> Shards:
+    """The folder with a series of rewards begun or continued; see ``label``."""
+    shards = Shards(folder)
+    if not shards.complete(ROLLOUTS):
+        raise ValueError(f"the rollouts at {folder} are unfinished; run their collection again")
+    of = shards.series[ROLLOUTS]["of"]
+    shards.begin(name, of, reward=reward.name, max_tokens=max_tokens, per_token=reward.per_token)
     return shards
 
 
