@@ -137,6 +137,15 @@ Backbone = Annotated[
     str | None,
     _option(_BACKBONE, "Left out: the packaged story model.", "--model", metavar="PATH|HUB-ID"),
 ]
+Pairs = Annotated[
+    list[str], typer.Argument(metavar="PAIRS", help="JSON lines or Parquet: chosen, rejected.")
+]
+Texts = Annotated[list[str], typer.Argument(metavar="TEXTS", help="JSON lines or Parquet: text.")]
+PairsRank = Annotated[
+    int | None,
+    _option(_BACKBONE, "Rank of a LoRA; left out: all weights.", "--lora-rank", **_COUNT),
+]
+MaxLength = Annotated[int, _option(_TRAINING, "Most tokens of a text.", **_COUNT)]
 LoraRank = Annotated[int, _option(_BACKBONE, "Rank of the LoRA.", **_COUNT)]
 Full = Annotated[bool, _option(_BACKBONE, "Train all weights, without a LoRA.", "--full")]
 Freeze = Annotated[bool, _option(_BACKBONE, "Train the head alone.", "--freeze")]

@@ -79,6 +79,88 @@ def fudge(
     _train("fudge", data, out, model, labels, held_out, given, extra, swept, backbone)
 
 
+@train.command()
+def reward(
+    pairs: options.Pairs,
+    out: options.Out,
+    model: options.Backbone = None,
+    lora_rank: options.PairsRank = None,
+    learning_rate: options.LearningRate = 1e-4,
+    epochs: options.Epochs = 1.0,
+    batch_size: options.BatchSize = 32,
+    max_length: options.MaxLength = 1024,
+    held_out: options.HeldOut = 0.05,
+    seed: options.CollectSeed = 0,
+    extra: options.Set = None,
+) -> None:
+    """A reward model from pairs of responses (columns chosen, rejected), with TRL."""
+    given = _trl(learning_rate, epochs, batch_size, max_length, seed)
+    _prefer("reward", pairs, out, model, lora_rank, held_out, given, extra)
+
+
+@train.command()
+def sft(
+    texts: options.Texts,
+    out: options.Out,
+    model: options.Backbone = None,
+    lora_rank: options.PairsRank = None,
+    learning_rate: options.LearningRate = 1e-4,
+    epochs: options.Epochs = 1.0,
+    batch_size: options.BatchSize = 32,
+    max_length: options.MaxLength = 1024,
+    held_out: options.HeldOut = 0.05,
+    seed: options.CollectSeed = 0,
+    extra: options.Set = None,
+) -> None:
+    """A policy fine-tuned on texts (column text), with TRL."""
+    given = _trl(learning_rate, epochs, batch_size, max_length, seed)
+    _prefer("sft", texts, out, model, lora_rank, held_out, given, extra)
+
+
+def _trl(
+    learning_rate: float, epochs: float, batch_size: int, max_length: int, seed: int
+) -> dict[str, Any]:
+    return {
+        "learning_rate": learning_rate,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "max_length": max_length,
+        "seed": seed,
+        "report_to": "none",
+    }
+
+
+def _prefer(
+    kind: str,
+    files: Sequence[str],
+    out: str,
+    model: str | None,
+    lora_rank: int | None,
+    held_out: float,
+    given: dict[str, Any],
+    extra: Sequence[str] | None,
+) -> None:
+    import torch
+
+    from fastguide.train.preferences import read_rows, train_reward, train_sft, trl
+
+    config_class = trl().RewardConfig if kind == "reward" else trl().SFTConfig
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    given |= {"bf16": torch.cuda.is_available()}  # TRL's default wants a GPU
+    given |= dict(_setting(text, fields) for text in extra or [])
+    rows = read_rows(kind, files)
+    typer.echo(f"{len(rows)} rows; checkpoints in {out}")
+    run = train_reward if kind == "reward" else train_sft
+    config = config_class(output_dir=out, **given)
+    metrics = run(rows, model or assets.MODEL, config, lora_rank=lora_rank, held_out=held_out)
+    shown = [
+        f"{name} {metrics[f'eval_{name}']:.4f}"
+        for name in ("loss", "accuracy", "margin")
+        if f"eval_{name}" in metrics
+    ]
+    typer.echo(f"model in {out}" + (f"; held out: {', '.join(shown)}" if shown else ""))
+
+
 def _backbone(
     lora_rank: int, full: bool, freeze: bool, head: str, quantize: str | None
 ) -> dict[str, Any]:
