@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fastguide.config import ARGS as ARGS, VAS as VAS, Plain as Plain
+    from fastguide.config import ARGS as ARGS, FUDGE as FUDGE, VAS as VAS, Plain as Plain
     from fastguide.engine import Engine as Engine
     from fastguide.guides import (
         FunctionGuide as FunctionGuide,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Names are imported when they are first used: `fastguide --help` must not wait for torch.
 _HOME = {
     "ARGS": "config",
+    "FUDGE": "config",
     "VAS": "config",
     "Plain": "config",
     "Engine": "engine",

@@ -91,7 +91,10 @@ def test_commands_exist(page: str, line: str) -> None:
     elif program not in ("pip", "source") and arguments[0] not in ("--help", "COMMAND"):
         assert program == "fastguide"
         command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
-        command.make_context(arguments[0], arguments[1:])
+        if arguments[0] == "train" and arguments[1:]:
+            command, arguments = command.commands[arguments[1]], arguments[1:]
+        if arguments[1:]:  # else it is only named
+            command.make_context(arguments[0], arguments[1:])
 
 
 @pytest.mark.parametrize("name", NAMES)

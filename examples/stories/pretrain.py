@@ -5,17 +5,35 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fastguide import Engine, SamplingParams
+
 END = "<|endoftext|>"
 LENGTH = 256
 BATCH = 32
 PEAK_LR = 2e-3
 DROPOUT = 0.1
+
+
+def sample_stories(model: Path, count: int, file: Path, *, seed: int = 0) -> list[str]:
+    """Stories of a small model, at temperature 0.9, from nothing but its beginning of text."""
+    if not file.is_file():
+        engine = Engine(model, guides={}, max_rows=128)
+        start = [int(engine.tokenizer.bos_token_id)]
+        sampling = SamplingParams(temperature=0.9, max_tokens=400, n=count, seed=seed)
+        found = [output.text.strip() for output in engine.generate([start], sampling=sampling)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(found), encoding="utf-8")
+        part.replace(file)
+    stories: list[str] = json.loads(file.read_text(encoding="utf-8"))
+    return stories
 
 
 def train_tokenizer(stories: list[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
@@ -42,9 +60,18 @@ def train_tokenizer(stories: list[str], vocab_size: int = 2048) -> PreTrainedTok
 
 
 def pretrain(
-    train: list[str], valid: list[str], folder: Path, *, epochs: int, seed: int = 0
+    train: list[str],
+    valid: list[str],
+    folder: Path,
+    *,
+    epochs: int,
+    sampled: Sequence[str] = (),
+    seed: int = 0,
 ) -> None:
     """Train on whole stories packed into rows of 256 tokens; AdamW, warm-up, cosine decay.
+
+    ``sampled`` are stories of another model: an epoch has a third of them, in turn, beside all of
+    ``train``. A few passes over a million tokens overfit; these tell more of the same.
 
     Writes model (bf16) and tokenizer into ``folder``; beside it a log and the state after every
     epoch, from which a killed run continues to the same weights.
@@ -52,11 +79,13 @@ def pretrain(
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(train)
     rows, held_out = _pack(tokenizer, train), _pack(tokenizer, valid)
+    thirds = _pack(tokenizer, sampled).tensor_split(3)
     model = _fresh_model(len(tokenizer))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.1
     )
-    total = epochs * (len(rows) // BATCH)
+    lengths = [(len(rows) + len(thirds[e % 3])) // BATCH for e in range(epochs)]
+    total = sum(lengths)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder.parent / "pretrain.pt"
     begin, best, seconds = 0, math.inf, 0.0
@@ -65,15 +94,16 @@ def pretrain(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         begin, best, seconds = state["epoch"], state["best"], state["seconds"]
-    step, started = begin * (len(rows) // BATCH), time.perf_counter() - seconds
+    step, started = sum(lengths[:begin]), time.perf_counter() - seconds
     for epoch in range(begin, epochs):
         torch.manual_seed(seed + epoch)  # of the order and the dropout, wherever the run began
         model.train()
-        for picks in torch.randperm(len(rows))[: len(rows) // BATCH * BATCH].view(-1, BATCH):
+        whole = torch.cat([rows, thirds[epoch % 3]])
+        for picks in torch.randperm(len(whole))[: lengths[epoch] * BATCH].view(-1, BATCH):
             warm, done = min(1.0, (step + 1) / 100), step / total
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_LR * warm * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
-            loss = _loss(model, rows[picks])
+            loss = _loss(model, whole[picks])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -126,12 +156,13 @@ def _fresh_model(vocab_size: int) -> LlamaForCausalLM:
     return model
 
 
-def _pack(tokenizer: PreTrainedTokenizerFast, stories: list[str]) -> torch.Tensor:
+def _pack(tokenizer: PreTrainedTokenizerFast, stories: Sequence[str]) -> torch.Tensor:
     """``[rows, 257]``: stories one after the other, each begun by its bos, cut into rows."""
-    stream = [token for ids in tokenizer(stories).input_ids for token in ids]
-    rows = (len(stream) - 1) // LENGTH
+    stream = [token for story in stories for token in tokenizer(story).input_ids]
+    rows = max(0, (len(stream) - 1) // LENGTH)
     starts = range(0, rows * LENGTH, LENGTH)
-    return torch.tensor([stream[start : start + LENGTH + 1] for start in starts])
+    whole = [stream[start : start + LENGTH + 1] for start in starts]
+    return torch.tensor(whole, dtype=torch.int64).view(-1, LENGTH + 1)
 
 
 def _loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from fastguide.train.rewards import sentences
+from fastguide.rewards import sentences
 
 SEPARATOR = "<|endoftext|>"
 

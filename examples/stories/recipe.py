@@ -15,17 +15,19 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from cards import write_base_card, write_guide_cards
-from pretrain import pretrain
+from pretrain import pretrain, sample_stories
 from prompts import read_stories, training_prompts
 
 from fastguide import Engine
 from fastguide.models.value import GuideConfig, ValueModel
-from fastguide.train.episodes import Episode, Rollout, label
-from fastguide.train.rollouts import RolloutConfig, collect, read
+from fastguide.rewards import load_reward
+from fastguide.train.collect import CollectConfig, collect, label, load_episodes
+from fastguide.train.episodes import Episode
 from fastguide.train.value import ValueConfig, ValueTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +38,7 @@ BASE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-ROLLOUTS = RolloutConfig(
+ROLLOUTS = CollectConfig(
     samples_per_prompt=2, max_tokens=320, temperature=0.7, seed=0, shard_prompts=1500
 )
 
@@ -50,29 +52,32 @@ class Guide:
     max_tokens: int
     lora_rank: int
     attention: str  # the faster implementation for training on CPU at this length
-    training: ValueConfig
+    epochs: int
+    ema: float
 
 
-TRAINING = ValueConfig(
-    learning_rate=1e-3,
-    epochs=2,
-    batch_size=32,
-    ema=0.99,
-    bf16=True,
-    eval_every=180,
-    checkpoint_every=90,
-)
 GUIDES = (
-    Guide("cheerful", "cheerfulness", 128, lora_rank=16, attention="eager", training=TRAINING),
-    Guide(
-        "brief",
-        "brevity",
-        320,
-        lora_rank=16,
-        attention="sdpa",
-        training=dataclasses.replace(TRAINING, epochs=1, ema=0.98, eval_every=90),
-    ),
+    Guide("cheerful", "cheerfulness", 128, lora_rank=16, attention="eager", epochs=2, ema=0.99),
+    Guide("brief", "brevity", 320, lora_rank=16, attention="sdpa", epochs=1, ema=0.98),
 )
+
+
+def training(guide: Guide, folder: Path) -> ValueConfig:
+    """How a guide is trained."""
+    return ValueConfig(
+        output_dir=str(folder),
+        learning_rate=1e-3,
+        num_train_epochs=guide.epochs,
+        per_device_train_batch_size=32,
+        ema=guide.ema,
+        bf16=True,
+        use_cpu=True,
+        logging_steps=90,
+        eval_strategy="steps",
+        eval_steps=180,
+        save_strategy="steps",
+        save_steps=90,
+    )
 
 
 def main() -> None:
@@ -83,10 +88,9 @@ def main() -> None:
     assets: Path = options.assets
     _stage("base model", lambda: make_base(options, assets / "stories"))
     _stage("rollouts", lambda: make_rollouts(options, assets / "stories"))
-    rollouts = list(read(options.work / "rollouts"))
     for guide in GUIDES:
         if options.only in (None, guide.name):
-            _stage(guide.name, lambda guide=guide: make_guide(guide, rollouts, options))
+            _stage(guide.name, lambda guide=guide: make_guide(guide, options))
     if not options.no_report:
         import report
 
@@ -101,7 +105,11 @@ def make_base(options: argparse.Namespace, target: Path) -> None:
         source = options.work / "base"
         if not (source / "done").is_file():
             train, valid = (read_stories(options.data / f"{n}.txt") for n in ("train", "valid"))
-            pretrain(train, valid, source, epochs=options.base_epochs)
+            sampled: list[str] = []
+            if options.sampled:
+                file = options.work / "sampled.json"
+                sampled = sample_stories(options.teacher, options.sampled, file)
+            pretrain(train, valid, source, epochs=options.base_epochs, sampled=sampled)
             (source / "done").touch()
     target.mkdir(parents=True, exist_ok=True)
     for name in BASE_FILES:
@@ -117,49 +125,71 @@ def make_rollouts(options: argparse.Namespace, base: Path) -> None:
     stories = read_stories(options.data / "train.txt")
     texts = training_prompts(stories, options.prompts, seed=ROLLOUTS.seed)
     prompts = [list(ids) for ids in engine.tokenizer(texts).input_ids]
+    shard = ROLLOUTS.shard_prompts * ROLLOUTS.samples_per_prompt
     started = time.perf_counter()
 
-    def on_shard(done: int, of: int) -> None:
-        minutes = (time.perf_counter() - started) / 60
-        print(f"  shard {done} of {of}, {minutes:.1f} min", flush=True)
+    def on_progress(done: int, of: int) -> None:
+        if done % shard == 0:
+            minutes = (time.perf_counter() - started) / 60
+            print(f"  {done} of {of} responses, {minutes:.1f} min", flush=True)
 
     policy = f"stories-{_checksum(base)}"
-    collect(engine, prompts, options.work / "rollouts", ROLLOUTS, policy=policy, on_shard=on_shard)
+    work = options.work / "rollouts"
+    collect(engine, prompts, work, ROLLOUTS, policy=policy, on_progress=on_progress)
 
 
-def make_guide(guide: Guide, rollouts: list[Rollout], options: argparse.Namespace) -> None:
+def make_guide(guide: Guide, options: argparse.Namespace) -> None:
     """Label, train and export one guide."""
     folder, base = options.work / guide.name, options.assets / "stories"
-    made_from = repr((guide, len(rollouts), _checksum(base)))
+    rollouts = options.work / "rollouts"
+    tokenizer = Engine(base, guides={}).tokenizer
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    reward = load_reward(guide.reward)
+    shards = label(rollouts, reward, decode, name=guide.name, max_tokens=guide.max_tokens)
+    made_from = repr((guide, shards.series[guide.name], _checksum(base)))
     done = folder / "done"
     if done.is_file() and done.read_text(encoding="utf-8") == made_from:
         return
-    tokenizer = Engine(base, guides={}).tokenizer
-
-    def decode(ids: tuple[int, ...]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-    episodes, scale = label(rollouts, guide.reward, decode, guide.max_tokens)
+    episodes, scale = load_episodes(rollouts, guide.name)
     train, valid = split(episodes)
-    torch.manual_seed(guide.training.seed)
-    config = GuideConfig(str(base), scale, guide.training.gamma, guide.training.lam)
+    settings = training(guide, folder)
+    torch.manual_seed(settings.seed)
+    config = GuideConfig(str(base), scale, settings.gamma, settings.lam)
     model = ValueModel.create(
         base, lora_rank=guide.lora_rank, config=config, attn_implementation=guide.attention
     )
-    trainer = ValueTrainer(model, guide.training, train, valid, folder)
-    print(f"  {len(train)} episodes, {trainer.total_steps} steps; log in {folder}", flush=True)
-    metrics = trainer.train()
+    trainer = ValueTrainer(model, settings, train, valid)
+    print(f"  {len(train)} episodes; checkpoints in {folder}", flush=True)
+    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+    metrics = trainer.evaluate()
     facts = {
-        "rollouts": len(rollouts),
+        "rollouts": len(episodes),
         "max_tokens": guide.max_tokens,
         "temperature": ROLLOUTS.temperature,
         "validation_episodes": len(valid),
-        **{name: round(value, 4) for name, value in metrics.items()},
-        "hyperparameters": dataclasses.asdict(guide.training),
+        **{
+            name: round(metrics[f"eval_{name}"], 4)
+            for name in ("mse", "explained_variance", "terminal_mse")
+        },
+        "hyperparameters": {
+            "learning_rate": settings.learning_rate,
+            "epochs": guide.epochs,
+            "batch_size": settings.per_device_train_batch_size,
+            "schedule": str(settings.lr_scheduler_type.value),
+            "warmup_fraction": settings.warmup_steps,
+            "weight_decay": settings.weight_decay,
+            "max_grad_norm": settings.max_grad_norm,
+            "ema": settings.ema,
+            "seed": settings.seed,
+        },
     }
     model.config = dataclasses.replace(config, training=facts)
     target = options.assets / guide.name
-    model.save_pretrained(target, dtype=torch.bfloat16, base_model="../stories")
+    with trainer.averaged():
+        model.save_pretrained(target, dtype=torch.bfloat16, base_model="../stories")
     done.write_text(made_from, encoding="utf-8")
 
 
@@ -190,7 +220,9 @@ def _parse() -> argparse.Namespace:
     add("--data", type=Path, default=shared / "data/stories", help="train.txt and valid.txt")
     add("--model", type=Path, default=shared / "models/stories5m", help="base model to copy")
     add("--from-scratch", action="store_true", help="train the base model on the data instead")
-    add("--base-epochs", type=int, default=10, help="epochs of --from-scratch")
+    add("--base-epochs", type=int, default=8, help="epochs of --from-scratch")
+    add("--sampled", type=int, default=7500, help="stories of --teacher to train on as well")
+    add("--teacher", type=Path, default=shared / "models/stories260k", help="tells them")
     add("--prompts", type=int, default=9000, help="training prompts, two responses each")
     add("--only", choices=[guide.name for guide in GUIDES], help="train this guide only")
     add("--no-report", action="store_true", help="do not measure the guides at the end")

@@ -28,7 +28,7 @@ import fastguide
 from fastguide import VAS, Engine, SamplingParams, ValueGuide
 from fastguide.models.guide_config import GuideConfig
 from fastguide.request import Completion, sample_seed
-from fastguide.train.rewards import REWARDS, standardise
+from fastguide.rewards import Sample, load_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "docs/results/stories.json"
@@ -85,11 +85,12 @@ def measure(
     rule = VAS(beta=beta, k=CANDIDATES)
     outputs = engine.generate(prompts, rule, {name: 1.0}, sampling, progress=False)
     scale = GuideConfig.load(assets / name).reward
-    raw = [REWARDS[scale.name](o.text, o.token_ids) for o in outputs]
+    samples = [Sample(prompts[o.prompt], o.text, len(o.token_ids)) for o in outputs]
+    raw = load_reward(scale.name)(samples)
     return {
         "samples": len(outputs),
         "reward": _estimate(raw),
-        "reward_sd_units": _estimate(standardise(raw, scale)),
+        "reward_sd_units": _estimate(scale.standardise(raw)),
         "tokens": _estimate([float(len(o.token_ids)) for o in outputs]),
         "kl_per_response": _estimate([sum(o.kl) for o in outputs]),
         "stopped": sum(o.finish_reason == "stop" for o in outputs) / len(outputs),

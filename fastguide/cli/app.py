@@ -11,9 +11,13 @@ from typer.core import TyperGroup
 
 from fastguide import __version__
 from fastguide.cli.bench import bench
+from fastguide.cli.collect import collect, label
 from fastguide.cli.demo import demo
+from fastguide.cli.evaluate import evaluate
 from fastguide.cli.generate import generate
 from fastguide.cli.output import drop_output
+from fastguide.cli.train import train
+from fastguide.cli.validate import validate
 
 UsageError: Any = typer.BadParameter.__base__
 """What typer raises for options that it cannot read; some versions bring a click of their own."""
@@ -58,7 +62,7 @@ def _one_sentence() -> Iterator[None]:
         sentence = " ".join(error.format_message().split()).rstrip(".")
         typer.echo(f"error: {sentence[:1].lower()}{sentence[1:]}", err=True)
         raise typer.Exit(BAD_INPUT) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
 
@@ -72,6 +76,11 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(demo)
+app.command()(collect)
+app.command()(label)
+app.add_typer(train, name="train")
+app.command()(validate)
+app.command()(evaluate)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastguide import assets
-from fastguide.config import ARGS, VAS, Plain, Rule
+from fastguide.config import ARGS, FUDGE, VAS, Plain, Rule
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
@@ -86,10 +86,10 @@ def build_rule(
     """The rule of the options that were given; None stands for an option left out.
 
     Args:
-        name: ``vas``, ``args`` or ``none``; None is ``vas`` with guides, ``none`` without.
+        name: a rule; None is ``vas`` with guides, ``none`` without.
         guided: whether any guide is given.
         beta: strength, of VAS.
-        weight: strength, of ARGS.
+        weight: strength, of ARGS and FUDGE.
         k: how many tokens are scored.
         fill: of VAS.
         form: of ARGS.
@@ -99,7 +99,12 @@ def build_rule(
             option of another rule or a value that is not allowed.
     """
     chosen = name or ("vas" if guided else "none")
-    takes = {"vas": ("beta", "k", "fill"), "args": ("weight", "k", "form"), "none": ()}
+    takes = {
+        "vas": ("beta", "k", "fill"),
+        "args": ("weight", "k", "form"),
+        "fudge": ("weight", "k"),
+        "none": (),
+    }
     if chosen not in takes:
         raise ValueError(f"rule is {chosen!r}; allowed are {', '.join(takes)}")
     options = {"beta": beta, "weight": weight, "k": k, "fill": fill, "form": form}
@@ -113,13 +118,16 @@ def build_rule(
             )
     if chosen == "none":
         if guided:
-            raise ValueError("--guide is given, but rule is 'none'; allowed with rule vas or args")
+            raise ValueError(
+                "--guide is given, but rule is 'none'; allowed with rule vas, args or fudge"
+            )
         return Plain()
     if not guided:
         raise ValueError(
             f"rule is {chosen!r}, but no guide is given; add --guide, such as --guide cheerful"
         )
-    return VAS(**given) if chosen == "vas" else ARGS(**given)  # type: ignore[arg-type]
+    rules: dict[str, type[VAS | ARGS | FUDGE]] = {"vas": VAS, "args": ARGS, "fudge": FUDGE}
+    return rules[chosen](**given)  # type: ignore[arg-type]
 
 
 def read_prompts(arguments: Sequence[str], source: str | None) -> list[str]:

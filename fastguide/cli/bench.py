@@ -16,7 +16,9 @@ def bench(
     context: typer.Context,
     what: Annotated[str, typer.Argument(help="ops: each kernel; engine: whole decode steps.")],
 ) -> None:
-    """Time fastguide beside what anyone would use instead; needs the source tree.
+    """Time fastguide beside what anyone would use instead.
+
+    The benchmarks are in the source tree, not in the package.
 
     Options after the name are the benchmark's own: fastguide bench ops --help
     """

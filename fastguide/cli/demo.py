@@ -101,7 +101,7 @@ def run(
 def _cheerfulness(completions: Sequence[Completion]) -> Iterator[float]:
     from fastguide.assets import packaged
     from fastguide.models.guide_config import GuideConfig
-    from fastguide.train.rewards import cheerfulness, standardise
+    from fastguide.rewards import cheerfulness
 
     scale = GuideConfig.load(packaged("cheerful")).reward
-    yield from standardise((cheerfulness(c.text, c.token_ids) for c in completions), scale)
+    yield from scale.standardise(cheerfulness(c.text) for c in completions)

@@ -65,7 +65,7 @@ def generate(
     if stream and as_json:
         raise ValueError("--stream and --json are both given; allowed is one of them")
     strength = (beta, weight, k, fill, form)
-    asked = rule in ("vas", "args") or any(value is not None for value in strength)
+    asked = rule in ("vas", "args", "fudge") or any(value is not None for value in strength)
     default = assets.guides() if asked and rule != "none" and model is None else []
     given = parse_guides(guides or default)
     chosen = build_rule(rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form)

@@ -25,6 +25,7 @@ def load_engine(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    max_rows: int = 64,
 ) -> Engine:
     """The engine of a command's options.
 
@@ -36,6 +37,7 @@ def load_engine(
         dtype: as in ``Engine``; None is float32 for the packaged model, which is so small that
             exact seeds cost nothing.
         trust_remote_code: as in ``Engine``.
+        max_rows: as in ``Engine``.
 
     Raises:
         ValueError: for anything that is missing, corrupt or does not fit together.
@@ -47,7 +49,12 @@ def load_engine(
         if dtype is None and model in (None, assets.MODEL):
             dtype = "float32"
         return Engine(
-            model, loaded, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            model,
+            loaded,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            max_rows=max_rows,
         )
 
 

@@ -68,17 +68,17 @@ RuleName = Annotated[
         _RULE,
         "How scores steer; left out: vas with guides, else none.",
         "--rule",
-        metavar="vas|args|none",
+        metavar="vas|args|fudge|none",
     ),
 ]
 Beta = Annotated[
     float | None,
     _option(_RULE, "Strength of vas (1); below 0 steers away.", **_STRENGTH),
 ]
-Weight = Annotated[float | None, _option(_RULE, "Strength of args (1.5).", **_STRENGTH)]
+Weight = Annotated[float | None, _option(_RULE, "Strength of args (1.5), fudge (1).", **_STRENGTH)]
 K = Annotated[
     int | None,
-    _option(_RULE, "Tokens scored per step (vas 20, args 10).", "--k", **_COUNT),
+    _option(_RULE, "Tokens scored per step (20, args 10).", "--k", **_COUNT),
 ]
 Fill = Annotated[
     str | None, _option(_RULE, "vas: score of all other tokens.", metavar="mean|none|drop")
@@ -102,6 +102,105 @@ Seed = Annotated[int | None, _option(_SAMPLING, "Left out: another each time.", 
 Stream = Annotated[bool, _option(_OUTPUT, "Print text as it is decoded.", "--stream")]
 AsJson = Annotated[bool, _option(_OUTPUT, "One JSON object per completion.", "--json")]
 Output = Annotated[str | None, _option(_OUTPUT, "Write to a file.", metavar="FILE")]
+
+_DATA, _BACKBONE, _TRAINING = "Data", "Backbone", "Training"
+
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="Where the collection lies.")]
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        metavar="[WEIGHT*]REWARD",
+        help=(
+            "cheerfulness, vader, length, brevity, classifier:PATH, regex:PATTERN, "
+            "checker:COMMAND or MODULE:FUNCTION; repeat for a sum."
+        ),
+    ),
+]
+Labels = Annotated[str, typer.Option("--labels", metavar="NAME", help="Name of the rewards.")]
+JudgedTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", help="Judge the first tokens only.", **_COUNT),
+]
+CollectSeed = Annotated[int, _option(_SAMPLING, "Another seed, another outcome.", **_SEED)]
+ShardPrompts = Annotated[int, _option(_SAMPLING, "Prompts per shard.", "--shard", **_COUNT)]
+MaxRows = Annotated[int, _option(_SAMPLING, "Responses sampled together.", **_COUNT)]
+
+_RAY = "Ray"
+Ray = Annotated[bool, _option(_RAY, "Sample and judge as a Ray Data pipeline.", "--ray")]
+Workers = Annotated[int, _option(_RAY, "Engines, and judges, at once.", **_COUNT)]
+Gpus = Annotated[float, _option(_RAY, "GPUs of each; 0 is the CPU.", **_STRENGTH)]
+
+Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of a collection.")]
+Out = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the guide goes.")]
+Backbone = Annotated[
+    str | None,
+    _option(_BACKBONE, "Left out: the packaged story model.", "--model", metavar="PATH|HUB-ID"),
+]
+Pairs = Annotated[
+    list[str], typer.Argument(metavar="PAIRS", help="JSON lines or Parquet: chosen, rejected.")
+]
+Texts = Annotated[list[str], typer.Argument(metavar="TEXTS", help="JSON lines or Parquet: text.")]
+PairsRank = Annotated[
+    int | None,
+    _option(_BACKBONE, "Rank of a LoRA; left out: all weights.", "--lora-rank", **_COUNT),
+]
+MaxLength = Annotated[int, _option(_TRAINING, "Most tokens of a text.", **_COUNT)]
+LoraRank = Annotated[int, _option(_BACKBONE, "Rank of the LoRA.", **_COUNT)]
+Full = Annotated[bool, _option(_BACKBONE, "Train all weights, without a LoRA.", "--full")]
+Freeze = Annotated[bool, _option(_BACKBONE, "Train the head alone.", "--freeze")]
+Head = Annotated[str, _option(_BACKBONE, "Head on the hidden states.", metavar="linear|mlp")]
+Quantize = Annotated[
+    str | None, _option(_BACKBONE, "Bits of the backbone's weights.", metavar="int8|int4")
+]
+Lam = Annotated[float, _option(_TRAINING, "λ of the targets, 0 to 1.", "--lam", **_STRENGTH)]
+Gamma = Annotated[float, _option(_TRAINING, "Discount, 0 to 1.", **_STRENGTH)]
+LearningRate = Annotated[float, _option(_TRAINING, "Peak, after a warm-up.", **_STRENGTH)]
+Epochs = Annotated[float, _option(_TRAINING, "Passes over the data.", **_STRENGTH)]
+BatchSize = Annotated[int, _option(_TRAINING, "Responses per step and device.", **_COUNT)]
+Ema = Annotated[
+    float | None, _option(_TRAINING, "Keep an average of the weights (0.99).", **_STRENGTH)
+]
+BFloat16 = Annotated[bool, _option(_TRAINING, "Mixed precision.", "--bf16")]
+HeldOut = Annotated[float, _option(_TRAINING, "Share of prompts to validate on.", **_STRENGTH)]
+ValidationSet = Annotated[
+    str | None,
+    _option(
+        _TRAINING, "Measure against what fastguide validate made.", "--validation", metavar="FOLDER"
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    _option(_TRAINING, "Any of transformers' TrainingArguments.", "--set", metavar="NAME=VALUE"),
+]
+Sweep = Annotated[
+    list[str] | None,
+    _option(
+        _TRAINING, "Train with each value, keep the best.", "--sweep", metavar="NAME=VALUE,VALUE"
+    ),
+]
+Above = Annotated[
+    float | None,
+    _option(_DATA, "Raw reward above which a response counts (median).", **_STRENGTH),
+]
+
+GuideFolders = Annotated[
+    list[str] | None, typer.Argument(metavar="GUIDE", help="Guide folders, hub ids or names.")
+]
+ValidationOut = Annotated[
+    str, typer.Option("--set", metavar="FOLDER", help="Where the validation set lies, or goes.")
+]
+ValidationData = Annotated[
+    str | None, typer.Option("--data", metavar="FOLDER", help="Collection to make it from.")
+]
+ValidationPrompts = Annotated[
+    int, typer.Option("--prompts", help="Prompts whose responses are cut in half.", **_COUNT)
+]
+Completions = Annotated[int, typer.Option(help="Ways each half is finished.", **_COUNT)]
+
+StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="A YAML file.")]
+StudyOut = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where results go.")]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw them (matplotlib).")]
 
 DemoPrompts = Annotated[
     list[str] | None,

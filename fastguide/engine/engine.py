@@ -18,6 +18,7 @@ from fastguide.engine.runner import Runner
 from fastguide.engine.scheduler import Scheduler
 from fastguide.engine.text import Prompt, TextStream, as_prompts, encode
 from fastguide.guides import Guide, LoadContext, ValueGuide
+from fastguide.models.fingerprint import fingerprint
 from fastguide.models.loading import (
     load_policy,
     load_tokenizer,
@@ -39,6 +40,8 @@ T = TypeVar("T")
 
 class Engine:
     """A language model that guides steer while it decodes.
+
+    ``policy`` is its name with a fingerprint of its weights, for records.
 
     >>> engine = Engine("path-or-hub-id", guides={"cheerful": ValueGuide("path-or-hub-id")})
     >>> outputs = engine.generate(["Once upon a time"], rule=VAS(beta=4.0, k=20))
@@ -97,6 +100,7 @@ class Engine:
             allow_pickle=allow_pickle,
             vocabulary=vocabulary,
         )
+        self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
         scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = Runner(policy, scorers)
         self.max_rows = max_rows

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "guide_config.json"
 FORMAT_VERSION = 1
+KINDS = ("value", "classifier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +31,30 @@ class RewardScale:
         if not self.std > 0:
             raise ValueError(f"reward std must be above 0, got {self.std}")
 
+    @classmethod
+    def of(cls, name: str, raw: Sequence[float], *, per_token: bool = False) -> RewardScale:
+        """The scale of raw rewards.
+
+        Raises:
+            ValueError: they do not vary.
+        """
+        if len(raw) < 2 or max(raw) == min(raw):
+            raise ValueError(f"the reward {name!r} must vary over at least 2 responses")
+        return cls(name, statistics.fmean(raw), statistics.pstdev(raw), per_token)
+
+    def standardise(self, raw: Iterable[float]) -> list[float]:
+        """``(raw - mean) / std``."""
+        return [(value - self.mean) / self.std for value in raw]
+
 
 @dataclasses.dataclass(frozen=True)
 class GuideConfig:
     """Contents of ``guide_config.json``.
 
     ``base_model`` is a hub id, an absolute path or a path relative to the guide folder. ``lam``
-    is written as ``lambda``. ``training`` holds free facts about how the guide was made.
+    is written as ``lambda``. ``training`` holds free facts about how the guide was made. ``kind``
+    says what the numbers are: values (VAS), or the logits of a prefix classifier (FUDGE). With
+    ``frozen`` the backbone is the base model as it is.
     """
 
     base_model: str
@@ -42,12 +62,17 @@ class GuideConfig:
     gamma: float = 1.0
     lam: float = 0.95
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kind: str = "value"
+    head: str = "linear"
+    frozen: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """What the file holds."""
         return {
             "format_version": FORMAT_VERSION,
-            "kind": "value",
+            "kind": self.kind,
+            "head": self.head,
+            "frozen": self.frozen,
             "base_model": self.base_model,
             "reward": dataclasses.asdict(self.reward),
             "gamma": self.gamma,
@@ -75,8 +100,8 @@ class GuideConfig:
                 f"{file} has format_version {raw.get('format_version')!r}; "
                 f"this version reads {FORMAT_VERSION}"
             )
-        if raw.get("kind") != "value":
-            raise ValueError(f"{file} has kind {raw.get('kind')!r}; a value guide has 'value'")
+        if raw.get("kind") not in KINDS:
+            raise ValueError(f"{file} has kind {raw.get('kind')!r}; allowed are {', '.join(KINDS)}")
         if not isinstance(raw.get("base_model"), str):
             raise ValueError(f"{file} must name its base_model, got {raw.get('base_model')!r}")
         try:
@@ -88,8 +113,15 @@ class GuideConfig:
             reward=reward,
             gamma=float(raw.get("gamma", 1.0)),
             lam=float(raw.get("lambda", 0.95)),
+            kind=raw["kind"],
+            head=raw.get("head", "linear"),
+            frozen=bool(raw.get("frozen", False)),
             training=raw.get("training", {}),
         )
+
+    def to_json_string(self) -> str:
+        """As the loggers of transformers ask for it."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
 
     def save(self, folder: Path) -> None:
         """Write ``guide_config.json`` into ``folder``."""

@@ -1,14 +1,15 @@
 """A value model: a causal backbone with a scalar head, and its folder format.
 
-A guide folder holds ``guide_config.json`` (see `GuideConfig`), ``value_head.safetensors``
-(``weight [1, H]``, ``bias [1]``) and either a peft LoRA adapter (``adapter_config.json``,
-``adapter_model.safetensors``) on the base model that the config names, or the whole backbone
-(``config.json``, ``model.safetensors``).
+A guide folder holds ``guide_config.json`` (see `GuideConfig`), ``value_head.safetensors`` and
+either a peft LoRA adapter (``adapter_config.json``, ``adapter_model.safetensors``) on the base
+model that the config names, or the whole backbone (``config.json``, ``model.safetensors``), or
+neither: then the backbone is that base model, as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,38 +22,27 @@ from transformers import AutoModel, PreTrainedModel
 
 from fastguide.assets import resolve
 from fastguide.models.guide_config import CONFIG_FILE, GuideConfig, RewardScale
+from fastguide.models.heads import MLPHead, ScalarHead, make_head
 from fastguide.models.loading import load_config, load_weights, one_line
 from fastguide.models.locate import locate
 
-__all__ = ["GuideConfig", "RewardScale", "ScalarHead", "ValueModel"]
+__all__ = ["GuideConfig", "RewardScale", "ValueModel"]
 
 HEAD_FILE = "value_head.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-class ScalarHead(nn.Linear):
-    """Linear map ``hidden [..., H] -> value [..., 1]``, computed in fp32 whatever comes in."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__(hidden_size, 1, dtype=torch.float32)
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[..., H]`` of any float dtype to ``[..., 1]`` fp32."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
-
-
 class ValueModel(nn.Module):
     """Causal backbone plus scalar head: the V of eq. 3 of the VAS paper.
 
     Attributes: ``backbone`` (a transformers model without LM head, or a peft model around one),
-    ``head`` (`ScalarHead`, fp32) and ``config`` (`GuideConfig`).
+    ``head`` (`ScalarHead` or `MLPHead`, fp32) and ``config`` (`GuideConfig`).
     """
 
-    def __init__(self, backbone: nn.Module, head: ScalarHead, config: GuideConfig) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: ScalarHead | MLPHead, config: GuideConfig
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -91,6 +81,9 @@ class ValueModel(nn.Module):
         lora_rank: int | None = 16,
         lora_alpha: int | None = None,
         target_modules: str | list[str] = "all-linear",
+        freeze: bool = False,
+        head: str = "linear",
+        quantization: Any = None,
         config: GuideConfig | None = None,
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device | None = None,
@@ -100,9 +93,17 @@ class ValueModel(nn.Module):
     ) -> ValueModel:
         """A fresh value model on ``base`` (path, hub id or packaged name), its head at zero.
 
-        With ``lora_rank=None`` every weight of the backbone trains; else a LoRA of that rank
-        (``lora_alpha`` defaults to the rank) on ``target_modules`` and the head do.
+        With ``freeze`` the head trains alone; with ``lora_rank=None`` every weight of the backbone
+        does, too; else a LoRA of that rank (``lora_alpha`` defaults to the rank) on
+        ``target_modules`` and the head do. ``head`` is one of ``HEADS``. ``quantization`` is a
+        quantization config of transformers, for a backbone whose own weights do not train.
+
+        Raises:
+            ValueError: an unknown head, a rank below 1, or a quantized backbone that would train.
         """
+        if quantization is not None and lora_rank is None and not freeze:
+            raise ValueError("a quantized backbone cannot train: give it a LoRA, or freeze it")
+        more = {} if quantization is None else {"quantization_config": quantization}
         where = resolve(base)
         backbone: nn.Module = load_weights(
             AutoModel,
@@ -111,9 +112,12 @@ class ValueModel(nn.Module):
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
+            **more,
         )
         hidden_size = _hidden_size(backbone)
-        if lora_rank is not None:
+        if freeze:
+            backbone.requires_grad_(False)
+        elif lora_rank is not None:
             from peft import LoraConfig
 
             if lora_rank < 1:
@@ -125,7 +129,10 @@ class ValueModel(nn.Module):
                 bias="none",
             )
             backbone = _with_lora(backbone, lora)
-        model = cls(backbone, ScalarHead(hidden_size), config or GuideConfig(base_model=where))
+        config = dataclasses.replace(
+            config or GuideConfig(base_model=where), head=head, frozen=freeze
+        )
+        model = cls(backbone, make_head(head, hidden_size), config)
         return model.to(device) if device is not None else model
 
     def base_path(self, folder: str | Path) -> str:
@@ -158,12 +165,14 @@ class ValueModel(nn.Module):
             state = get_peft_model_state_dict(self.backbone)
             adapter = {name: stored(t) for name, t in state.items()}
             (target / ADAPTER_FILE).write_bytes(save(adapter))
+        elif self.config.frozen:
+            pass  # it is the base model
         elif isinstance(self.backbone, PreTrainedModel):
             state = {name: stored(t) for name, t in self.backbone.state_dict().items()}
             self.backbone.save_pretrained(target, state_dict=state)
         else:
             raise ValueError(f"cannot save a backbone of type {type(self.backbone).__name__}")
-        head = {"weight": stored(self.head.weight), "bias": stored(self.head.bias)}
+        head = {name: stored(tensor) for name, tensor in self.head.state_dict().items()}
         (target / HEAD_FILE).write_bytes(save(head))
         config.save(target)
 
@@ -194,8 +203,9 @@ class ValueModel(nn.Module):
         is_lora = (folder / ADAPTER_CONFIG_FILE).is_file()
         merge = merge and is_lora
         source: str | Path = folder
-        if is_lora:
-            source = base or _find_base(path, config.base_model, folder)
+        if is_lora or config.frozen:
+            what = "LoRA" if is_lora else "head"
+            source = base or _find_base(path, what, config.base_model, folder)
         final = dtype or _stored_dtype(source, trust_remote_code) if merge else None
         backbone: nn.Module = load_weights(
             AutoModel,
@@ -209,10 +219,39 @@ class ValueModel(nn.Module):
             backbone = _add_adapter(backbone, folder)
         if merge:
             backbone = backbone.merge_and_unload().to(final)  # type: ignore[operator]
-        head = ScalarHead(_hidden_size(backbone))
+        head = make_head(config.head, _hidden_size(backbone))
         _load_state(head, folder / HEAD_FILE)
         model = cls(backbone, head, config).eval()
         return model.to(device) if device is not None else model
+
+    def load_folder(self, folder: str | Path) -> None:
+        """Take over the weights of a folder that this very model wrote, in place.
+
+        Raises:
+            ValueError: a file is missing, corrupt or of another model.
+        """
+        from peft import PeftModel
+
+        source = Path(folder)
+        if isinstance(self.backbone, PeftModel):
+            _load_state(self.backbone, source / ADAPTER_FILE)
+        elif not self.config.frozen:
+            whole = type(self.backbone).from_pretrained(source)  # type: ignore[attr-defined]
+            self.backbone.load_state_dict(whole.state_dict())
+        _load_state(self.head, source / HEAD_FILE)
+
+    def push_to_hub(
+        self, repo_id: str, *, dtype: torch.dtype | None = None, base_model: str | None = None
+    ) -> str:
+        """Upload the guide folder to the Hugging Face Hub; returns its address."""
+        from huggingface_hub import HfApi
+
+        hub = HfApi()
+        repo = hub.create_repo(repo_id, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, dtype=dtype, base_model=base_model)
+            hub.upload_folder(repo_id=repo.repo_id, folder_path=folder)
+        return str(repo)
 
 
 def _local_folder(path: str | Path) -> Path:
@@ -227,13 +266,13 @@ def _local_folder(path: str | Path) -> Path:
         raise ValueError(f"cannot fetch the guide {where!r}: {one_line(error)}") from error
 
 
-def _find_base(path: str | Path, base_model: str, folder: Path) -> str:
-    """The base model that a LoRA guide names."""
+def _find_base(path: str | Path, what: str, base_model: str, folder: Path) -> str:
+    """The base model that a guide without weights of its own names."""
     try:
         return locate(_base_path(base_model, folder))
     except ValueError as error:
         raise ValueError(
-            f"the guide {str(path)!r} is a LoRA on {base_model!r}, but there is {error}; "
+            f"the guide {str(path)!r} is a {what} on {base_model!r}, but there is {error}; "
             "name its base model with ValueGuide(path, base=...), or with --guide-base"
         ) from error
 

@@ -1,17 +1,15 @@
-"""Responses of the policy, their labels, and the padded batches that the trainer reads."""
+"""Responses of the policy with their rewards, and the padded batches that the trainer reads."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from fastguide.models.guide_config import RewardScale
-from fastguide.train.rewards import PER_TOKEN, REWARDS, scale_of, standardise
 
 
 @dataclass(frozen=True)
@@ -23,18 +21,6 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     finish_reason: str
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Rollout:
-        """The rollout that ``to_json`` wrote."""
-        raw = json.loads(line)
-        for name in ("prompt_ids", "response_ids"):
-            raw[name] = tuple(raw[name])
-        return cls(**raw)
 
 
 @dataclass(frozen=True)
@@ -75,36 +61,45 @@ class EpisodeBatch(NamedTuple):
         return EpisodeBatch(*(tensor.to(device) for tensor in self))
 
 
-def label(
-    rollouts: Sequence[Rollout],
-    reward: str,
-    decode: Callable[[Sequence[int]], str],
+def episodes_of(
+    rollouts: Iterable[Rollout],
+    rewards: Iterable[float | None],
+    name: str,
+    *,
     max_tokens: int | None = None,
+    per_token: float = 0.0,
 ) -> tuple[list[Episode], RewardScale]:
     """Episodes with standardised rewards, and the scale that standardises them.
 
-    An episode pays its standardised reward at the end, or token by token if it is in `PER_TOKEN`.
+    ``(raw - mean) / std`` over unguided responses is the unit in which guides are trained, so that
+    beta means the same for every guide. An episode pays its reward at the end, or token by token
+    if the reward is a constant times the number of tokens: then a value is what is still to come,
+    shifted so that its mean over all states is 0, where a fresh head begins. It differs from the
+    value of the same reward paid at the end by what is past and by that shift, which all
+    candidates of a step share: guidance is the same, but the model need not count the past.
 
     Args:
         rollouts: of the unguided policy.
-        reward: a name in ``REWARDS``.
-        decode: token ids to text without special tokens.
-        max_tokens: cut responses to this many tokens first; the first tokens of a longer
-            response are a response sampled with that limit.
+        rewards: one each; None leaves the rollout out.
+        name: of the reward.
+        max_tokens: cut responses to this many tokens first, as they were judged.
+        per_token: the reward of every token, if it is such a reward; else 0.
+
+    Raises:
+        ValueError: the rewards do not vary.
     """
-    if reward not in REWARDS:
-        raise ValueError(f"unknown reward {reward!r}; there are {', '.join(sorted(REWARDS))}")
-    responses = [rollout.response_ids[:max_tokens] for rollout in rollouts]
-    raw = [REWARDS[reward](decode(response), response) for response in responses]
-    scale = scale_of(reward, raw)
+    pairs = [(r, x) for r, x in zip(rollouts, rewards, strict=True) if x is not None]
+    responses = [rollout.response_ids[:max_tokens] for rollout, _ in pairs]
+    raw = [reward for _, reward in pairs]
+    scale = RewardScale.of(name, raw, per_token=per_token != 0)
     if scale.per_token:
-        each = PER_TOKEN[reward] / scale.std
+        each = per_token / scale.std
         ends, tokens = [-each * _mean_left(responses)] * len(raw), each
     else:
-        ends, tokens = standardise(raw, scale), 0.0
+        ends, tokens = scale.standardise(raw), 0.0
     episodes = [
         Episode(rollout.prompt_ids, response, end, tokens)
-        for rollout, response, end in zip(rollouts, responses, ends, strict=True)
+        for (rollout, _), response, end in zip(pairs, responses, ends, strict=True)
     ]
     return episodes, scale
 

@@ -91,9 +91,12 @@ def test_rules(arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "dpo", "guided": True}, "'dpo'; allowed are vas, args, none"),
+        ({"name": "dpo", "guided": True}, "'dpo'; allowed are vas, args, fudge, none"),
         ({"name": "vas", "guided": False}, "no guide is given"),
-        ({"name": "none", "guided": True}, "--guide .*'none'; allowed with rule vas or args"),
+        (
+            {"name": "none", "guided": True},
+            "--guide .*'none'; allowed with rule vas, args or fudge",
+        ),
         ({"name": "vas", "guided": True, "weight": 2.0}, "--weight .*allowed with rule args"),
         ({"name": "args", "guided": True, "beta": 2.0}, "--beta .*allowed with rule vas"),
         ({"name": None, "guided": False, "k": 2}, "no --guide .*vas or args"),

@@ -33,7 +33,7 @@ def one_sentence(result) -> str:
         (["generate", "Once", "--guide", "a=./nowhere"], "no guide at './nowhere'"),
         (["generate", "Once", "--guide", "cheerful:x"], "weight of guide 'cheerful' is 'x'"),
         (["generate", "Once", "--guide", "c=./cheerful:x"], "no guide at './cheerful:x'"),
-        (["generate", "Once", *GUIDED, "--rule", "none"], "allowed with rule vas or args"),
+        (["generate", "Once", *GUIDED, "--rule", "none"], "allowed with rule vas, args or fudge"),
         (
             ["generate", "Once", *GUIDED, "--guide-base", "stories"],
             "allowed with --guide NAME=PATH",
@@ -42,7 +42,7 @@ def one_sentence(result) -> str:
         (["generate", "Once", "--model", "cheerful"], "no model at 'cheerful': it is a guide"),
         (["generate", "Once", "--model", "no-such/model"], "the hub cannot be reached"),
         (["generate", "Once", "--guide", "g=no-such/guide"], "the hub cannot be reached"),
-        (["generate", "Once", *GUIDED, "--rule", "dpo"], "allowed are vas, args, none"),
+        (["generate", "Once", *GUIDED, "--rule", "dpo"], "allowed are vas, args, fudge, none"),
         (["generate", "Once", "--dtype", "int8"], "dtype is 'int8'; allowed are auto, float32"),
         (["generate", "Once", "--device", "toaster"], "device is 'toaster'"),
         (["generate", "Once", "--temperature", "-1"], "temperature is -1.0; allowed are"),

@@ -13,7 +13,7 @@ from typer.main import get_command
 from fastguide import __version__
 from fastguide.cli import app
 
-COMMANDS = ("generate", "demo")
+COMMANDS = ("generate", "demo", "collect", "label", "validate", "evaluate")
 
 
 def test_help_fits_a_screen(run):

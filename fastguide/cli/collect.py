@@ -1,0 +1,191 @@
+"""``fastguide collect`` and ``fastguide label``: responses of the policy, and their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fastguide.cli import options
+from fastguide.cli.arguments import read_prompts
+from fastguide.cli.loading import load_engine
+from fastguide.rewards import Reward, load_reward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastguide.train.collect import CollectConfig
+    from fastguide.train.shards import Shards
+
+
+def collect(
+    out: options.Folder,
+    prompts: options.Prompts = None,
+    source: options.Input = None,
+    rewards: options.Rewards = None,
+    name: options.Labels = "reward",
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    samples: options.Samples = 2,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.7,
+    seed: options.CollectSeed = 0,
+    shard: options.ShardPrompts = 256,
+    max_rows: options.MaxRows = 64,
+    ray: options.Ray = False,
+    workers: options.Workers = 1,
+    gpus: options.Gpus = 0.0,
+) -> None:
+    """Sample responses to prompts and judge them.
+
+    Killed at any moment and started again, it continues: nothing is lost, nothing is there twice.
+    """
+    from fastguide.engine.progress import progress
+    from fastguide.train.collect import CollectConfig, collect
+
+    texts = read_prompts(prompts or [], source)
+    config = CollectConfig(samples, max_tokens, temperature, seed, shard)
+    if ray:
+        with_options = {
+            "dtype": dtype,
+            "max_rows": max_rows,
+            "trust_remote_code": trust_remote_code,
+        }
+        _with_ray(out, texts, rewards, name, model, config, workers, gpus, with_options)
+        return
+    judges = _rewards(rewards, device, trust_remote_code)
+    engine = load_engine(
+        model,
+        [],
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        max_rows=max_rows,
+    )
+    ids = engine.tokenizer(texts).input_ids
+    with progress(len(ids) * samples, wanted=True, what="responses") as note:
+        shards = collect(
+            engine, ids, out, config, policy=engine.policy, on_progress=lambda done, _: note(done)
+        )
+    typer.echo(f"{len(ids) * samples} responses of {engine.policy} in {out}")
+    if judges is not None:
+        _label(shards, judges, engine.tokenizer, name, None)
+
+
+def _with_ray(
+    out: str,
+    texts: list[str],
+    rewards: Sequence[str] | None,
+    name: str,
+    model: str | None,
+    config: CollectConfig,
+    workers: int,
+    gpus: float,
+    engine: dict[str, Any],
+) -> None:
+    from fastguide import assets
+    from fastguide.engine.progress import progress
+    from fastguide.models.loading import load_tokenizer
+    from fastguide.train.ray_data import collect_with_ray, label_with_ray
+
+    if rewards:
+        load_reward(rewards, device="cpu")  # mistakes are told before anything is sampled
+    path = assets.resolve(model or assets.MODEL)
+    ids = load_tokenizer(path, trust_remote_code=engine["trust_remote_code"])(texts).input_ids
+    total = len(ids) * config.samples_per_prompt
+    with progress(total, wanted=True, what="responses") as note:
+        shards = collect_with_ray(
+            path,
+            ids,
+            out,
+            config,
+            workers=workers,
+            gpus=gpus,
+            options=engine,
+            on_progress=lambda done, _: note(done),
+        )
+    typer.echo(f"{total} responses of {shards.about['policy']} in {out}")
+    if rewards:
+        with progress(total, wanted=True, what="rewards") as note:
+            shards = label_with_ray(
+                out,
+                rewards,
+                path,
+                name=name,
+                workers=workers,
+                gpus=gpus,
+                on_progress=lambda done, _: note(done),
+            )
+        _say(shards, total, name)
+
+
+def label(
+    folder: options.Folder,
+    rewards: options.Rewards = None,
+    name: options.Labels = "reward",
+    model: options.Model = None,
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    max_tokens: options.JudgedTokens = None,
+) -> None:
+    """Judge the responses of a collection by another reward.
+
+    A folder may hold several, under names of their own; responses may be cut before (--max-tokens).
+    """
+    from fastguide import assets
+    from fastguide.models.loading import load_tokenizer
+    from fastguide.train.shards import Shards
+
+    judges = _rewards(rewards, device, trust_remote_code)
+    if judges is None:
+        raise ValueError("no --reward is given; for example --reward cheerfulness")
+    shards = Shards(folder)
+    tokenizer = load_tokenizer(model or assets.MODEL, trust_remote_code=trust_remote_code)
+    _label(shards, judges, tokenizer, name, max_tokens)
+
+
+def _rewards(specs: Sequence[str] | None, device: str | None, trust: bool) -> Reward | None:
+    return load_reward(specs, device=device, trust_remote_code=trust) if specs else None
+
+
+def _label(
+    shards: Shards,
+    reward: Reward,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    max_tokens: int | None,
+) -> None:
+    from fastguide.engine.progress import progress
+    from fastguide.train.collect import ROLLOUTS, label
+
+    total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
+    with progress(total, wanted=True, what="rewards") as note:
+        shards = label(
+            shards.folder,
+            reward,
+            decoder(tokenizer),
+            name=name,
+            max_tokens=max_tokens,
+            on_progress=lambda done, _: note(done),
+        )
+    _say(shards, total, name)
+
+
+def _say(shards: Shards, total: int, name: str) -> None:
+    from fastguide.train.collect import failures
+
+    failed, reward = failures(shards, name), shards.series[name]["about"]["reward"]
+    left_out = f"; {failed} could not be judged and are left out" if failed else ""
+    typer.echo(f"{total - failed} rewards ({reward}) as {name!r} in {shards.folder}{left_out}")
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Token ids to text without special tokens."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return decode

@@ -1,0 +1,117 @@
+"""``fastguide validate``: value guides against Monte-Carlo values of half-finished responses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from fastguide import assets
+from fastguide.cli import options
+from fastguide.cli.collect import decoder
+from fastguide.cli.loading import load_engine
+
+
+def validate(
+    folder: options.ValidationOut,
+    guides: options.GuideFolders = None,
+    data: options.ValidationData = None,
+    labels: options.Labels = "reward",
+    held_out: options.HeldOut = 0.05,
+    prompts: options.ValidationPrompts = 64,
+    completions: options.Completions = 10,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    seed: options.CollectSeed = 0,
+    max_rows: options.MaxRows = 64,
+) -> None:
+    """Measure values against the mean reward of many completions.
+
+    With --data it first makes the set, from responses to prompts that training holds out.
+    """
+    if data is None and not guides:
+        raise ValueError("neither --data nor a guide is given; allowed are either and both")
+    if data is not None:
+        _make(
+            folder, data, labels, held_out, prompts, completions, seed, model, device, dtype,
+            trust_remote_code, max_rows,
+        )  # fmt: skip
+    for name in guides or []:
+        _measure(name, folder)
+
+
+def _make(
+    folder: str,
+    data: str,
+    labels: str,
+    held_out: float,
+    prompts: int,
+    completions: int,
+    seed: int,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    max_rows: int,
+) -> None:
+    from fastguide.engine.progress import progress
+    from fastguide.rewards import load_reward
+    from fastguide.train.collect import read
+    from fastguide.train.guides import is_held_out
+    from fastguide.train.shards import Shards
+    from fastguide.train.validation import make_validation
+
+    shards = Shards(data)
+    about = shards.series[labels]["about"] if labels in shards.series else None
+    if about is None:
+        have = ", ".join(sorted(shards.series))
+        raise ValueError(f"{data} has no {labels!r}; it has {have}")
+    reward = load_reward(about["reward"], device=device, trust_remote_code=trust_remote_code)
+    chosen = [r for r in read(data) if r.sample == 0 and is_held_out(r.prompt_ids, held_out)]
+    sampling = shards.about["sampling"]
+    engine = load_engine(
+        model,
+        [],
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        max_rows=max_rows,
+    )
+    if engine.policy != shards.about["policy"]:
+        raise ValueError(
+            f"{data} is of the policy {shards.about['policy']}, not of {engine.policy}; "
+            "name its model with --model, and its --dtype"
+        )
+    total = min(prompts, len(chosen)) * completions
+    with progress(total, wanted=True, what="completions") as note:
+        made = make_validation(
+            engine,
+            chosen[:prompts],
+            folder,
+            reward,
+            decoder(engine.tokenizer),
+            max_tokens=about["max_tokens"] or sampling["max_tokens"],
+            completions=completions,
+            temperature=sampling["temperature"],
+            seed=seed,
+            on_progress=lambda done, _: note(done),
+        )
+    typer.echo(f"validation set of {min(prompts, len(chosen))} prefixes in {made.folder}")
+
+
+def _measure(name: str, folder: str) -> None:
+    import torch
+
+    from fastguide.models.value import ValueModel
+    from fastguide.train.validation import validate
+
+    model = ValueModel.from_pretrained(assets.resolve(name), dtype=torch.float32, merge=True)
+    found = validate(model, Path(folder))
+    shown = (("MSE", found.mse), ("explained variance", found.explained_variance))
+    parts = [f"{what} {x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]" for what, x in shown]
+    typer.echo(
+        f"{name}: {', '.join(parts)}; of the error {found.noise:.3f} is noise of the "
+        f"{found.prefixes} labels"
+    )

@@ -1,0 +1,20 @@
+"""What guides buy: rewards, KL, diversity, win rates and costs of methods, side by side."""
+
+from fastguide.evaluate.judge import Judge, Pair
+from fastguide.evaluate.metrics import Coherence, Estimate, diversity, matched, win_rate
+from fastguide.evaluate.run import Runner
+from fastguide.evaluate.study import Point, Study, read_study
+
+__all__ = [
+    "Coherence",
+    "Estimate",
+    "Judge",
+    "Pair",
+    "Point",
+    "Runner",
+    "Study",
+    "diversity",
+    "matched",
+    "read_study",
+    "win_rate",
+]

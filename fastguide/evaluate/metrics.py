@@ -1,0 +1,132 @@
+"""What is measured of responses besides rewards, and intervals of means."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over responses and the half-width of its 95 % interval.
+
+    Responses to one prompt resemble each other, so the interval is that of the mean of the
+    prompts' means.
+    """
+
+    mean: float
+    ci95: float | None
+    """None with one prompt: nothing is known of the spread."""
+    responses: int
+
+    @classmethod
+    def of(cls, by_prompt: Mapping[int, Sequence[float]]) -> Estimate:
+        """From the numbers of each prompt's responses; prompts weigh alike."""
+        means = [statistics.fmean(values) for values in by_prompt.values() if values]
+        if not means:
+            return cls(math.nan, None, 0)
+        half = None
+        if len(means) > 1:
+            half = 1.96 * statistics.stdev(means) / math.sqrt(len(means))
+        return cls(statistics.fmean(means), half, sum(map(len, by_prompt.values())))
+
+
+def repetition(text: str, n: int) -> float:
+    """rep-n: the share of a text's n-grams of words that occurred before in it; 0 without any."""
+    words = text.split()
+    grams = list(zip(*(words[i:] for i in range(n)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def diversity(text: str) -> float:
+    """The product of 1 - rep-n over n = 2, 3, 4 (as ARGS measures it); 1 repeats nothing."""
+    return math.prod(1 - repetition(text, n) for n in (2, 3, 4))
+
+
+class Coherence:
+    """Cosine between sentence embeddings of prompt and response (as ARGS measures it).
+
+    Args:
+        path: an encoder of transformers, such as ``princeton-nlp/sup-simcse-bert-base-uncased``.
+        pooling: ``cls``, the first token, as SimCSE wants it; or ``mean`` over all tokens.
+        batch_size: texts of one pass.
+        device: None picks CUDA where there is one.
+
+    Raises:
+        ValueError: no weights or tokenizer there, or another pooling.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        pooling: str = "cls",
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+    ) -> None:
+        from transformers import AutoModel
+
+        from fastguide.models.loading import load_tokenizer, load_weights, resolve_device
+
+        if pooling not in ("cls", "mean"):
+            raise ValueError(f"pooling is {pooling!r}; allowed are cls, mean")
+        self._pooling, self._batch_size = pooling, batch_size
+        model: Any = load_weights(AutoModel, path)
+        self._model = model.to(resolve_device(device)).eval().requires_grad_(False)
+        self._tokenizer = load_tokenizer(path)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """The cosine of each pair, in [-1, 1]."""
+        pairs = zip(self._embed(prompts), self._embed(responses), strict=True)
+        return [torch.dot(one, other).item() for one, other in pairs]
+
+    @torch.inference_mode()
+    def _embed(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        vectors: list[torch.Tensor] = []
+        for start in range(0, len(texts), self._batch_size):
+            batch = self._tokenizer(
+                [text or " " for text in texts[start : start + self._batch_size]],
+                padding=True,
+                truncation=True,
+                max_length=min(self._tokenizer.model_max_length, 512),
+                return_tensors="pt",
+            ).to(self._model.device)
+            hidden = self._model(**batch).last_hidden_state.float()
+            if self._pooling == "cls":
+                pooled = hidden[:, 0]
+            else:
+                mask = batch["attention_mask"][:, :, None]
+                pooled = (hidden * mask).sum(1) / mask.sum(1)
+            vectors += torch.nn.functional.normalize(pooled, dim=-1).unbind()
+        return vectors
+
+
+def win_rate(
+    ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]
+) -> Estimate:
+    """How often a response of ours has the higher reward, over all pairs of a prompt; ties half."""
+    return Estimate.of(
+        {
+            prompt: [(a > b) + 0.5 * (a == b) for a in values for b in theirs[prompt]]
+            for prompt, values in ours.items()
+            if prompt in theirs
+        }
+    )
+
+
+def matched(x: Sequence[float], y: Sequence[float], *, at: float) -> float | None:
+    """A curve's y at an x, by straight lines between its points; None outside them."""
+    points = sorted(zip(x, y, strict=True))
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= at <= x1:
+            return y0 if x1 == x0 else y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return None

@@ -1,0 +1,121 @@
+"""Results as a Markdown table and as plots."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+_COLUMNS = {
+    "reward": ("reward", "{:+.3f}"),
+    "kl": ("KL, nats", "{:.2f}"),
+    "tokens": ("tokens", "{:.0f}"),
+    "diversity": ("diversity", "{:.3f}"),
+    "coherence": ("coherence", "{:.3f}"),
+    "win_rate": ("win rate", "{:.0%}"),
+    "judged": ("judged", "{:.0%}"),
+}
+"""What a result may have an estimate of: heading and form."""
+
+
+def table(results: Sequence[Result]) -> str:
+    """All points, one line each; ± is the half-width of a 95 % interval."""
+    other = [name for r in results for name in r if _is_estimate(r[name]) and name not in _COLUMNS]
+    columns = {"reward": _COLUMNS["reward"]}
+    columns |= {name: (name.replace("_", " "), "{:+.3f}") for name in dict.fromkeys(other)}
+    columns |= {n: c for n, c in _COLUMNS.items() if any(n in r for r in results)}
+    heads = [head for head, _ in columns.values()]
+    lines = [
+        "| point | " + " | ".join([*heads, "GFLOP", "s"]) + " |",
+        "| --- |" + " ---: |" * (len(columns) + 2),
+    ]
+    for r in results:
+        cells = [_cell(r.get(name), form) for name, (_, form) in columns.items()]
+        work = (r["policy_flops"] + r["guide_flops"]) / 1e9
+        cells += [f"{work:.3g}", f"{r['seconds_per_response']:.3g}"]
+        lines.append(f"| {r['point']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _is_estimate(value: Any) -> bool:
+    return isinstance(value, Mapping) and "ci95" in value
+
+
+def _cell(estimate: Mapping[str, Any] | None, form: str) -> str:
+    if estimate is None or math.isnan(estimate["mean"]):
+        return ""
+    mean = form.format(estimate["mean"])
+    if not estimate["ci95"]:
+        return mean
+    return f"{mean} ± {form.replace('+', '').format(estimate['ci95'])}"
+
+
+def frontier(
+    results: Sequence[Result], file: str | Path, *, y: str = "reward", title: str = ""
+) -> None:
+    """KL against a reward, a line with its 95 % band per method."""
+    axes, figure = _axes()
+    for method, points in _by_method(results).items():
+        points = sorted((p for p in points if y in p), key=lambda p: p["kl"]["mean"])
+        if points:
+            _line(axes, [p["kl"]["mean"] for p in points], [p[y] for p in points], method)
+    axes.set_xscale("symlog", linthresh=1.0)
+    _finish(figure, axes, "KL from the policy, nats per response", y, title, file)
+
+
+def sweep(
+    results: Sequence[Result], setting: str, file: str | Path, *, y: str = "reward", title: str = ""
+) -> None:
+    """A setting such as beta or k against an estimate, a line per method that has it."""
+    axes, figure = _axes()
+    for method, points in _by_method(results).items():
+        points = sorted(
+            (p for p in points if setting in p["setting"] and y in p),
+            key=lambda p: float(p["setting"][setting]),
+        )
+        if points:
+            _line(
+                axes, [float(p["setting"][setting]) for p in points], [p[y] for p in points], method
+            )
+    _finish(figure, axes, setting, y, title, file)
+
+
+def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result["method"]].append(result)
+    return groups
+
+
+def _axes() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'fastguide[evaluate]'") from error
+    figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.add_subplot(), figure
+
+
+def _line(axes: Any, x: Sequence[float], estimates: Sequence[Mapping[str, Any]], name: str) -> None:
+    mean = [e["mean"] for e in estimates]
+    half = [e["ci95"] or 0.0 for e in estimates]
+    (line,) = axes.plot(x, mean, marker="o", markersize=4, label=name)
+    low, high = ([m + s * h for m, h in zip(mean, half, strict=True)] for s in (-1, 1))
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _finish(figure: Any, axes: Any, x: str, y: str, title: str, file: str | Path) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y.replace("_", " "))
+    axes.grid(alpha=0.3)
+    if title:
+        axes.set_title(title)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(file, metadata={"Software": None})

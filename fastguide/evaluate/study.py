@@ -1,0 +1,171 @@
+"""What a study compares: methods, each a rule at several strengths, on the same prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastguide.config import ARGS, FUDGE, VAS, Plain, Rule
+from fastguide.request import SamplingParams
+
+RULES: dict[str, type] = {"vas": VAS, "args": ARGS, "fudge": FUDGE, "none": Plain}
+"""Rules by their name in a study; ``best-of`` is a method, too."""
+
+METRICS = ("reward", "held_out", "kl", "tokens", "diversity", "coherence", "win_rate", "judged")
+"""What a point may have estimates of; rewards besides these have the names the study gives them."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of a method.
+
+    Attributes:
+        method: the method's name.
+        setting: what varies within the method: ``{"beta": 4.0}``.
+        rule: how responses are sampled.
+        weights: of the guides.
+        sampling: temperature and length; its ``n`` is the responses per prompt.
+        best_of: how many of them compete; 1 keeps all.
+    """
+
+    method: str
+    setting: Mapping[str, Any]
+    rule: Rule
+    weights: Mapping[str, float]
+    sampling: SamplingParams
+    best_of: int = 1
+
+    @property
+    def name(self) -> str:
+        """``VAS beta=4``."""
+        return " ".join([self.method, *(f"{k}={_short(v)}" for k, v in self.setting.items())])
+
+    @property
+    def draws(self) -> str:
+        """What its responses depend on; points with the same share them."""
+        parts = (self.rule, sorted(self.weights.items()), dataclasses.asdict(self.sampling))
+        return json.dumps([repr(parts[0]), *parts[1:]], sort_keys=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison.
+
+    Attributes:
+        prompts: texts.
+        points: all settings of all methods.
+        policy: path, hub id or packaged name; None is the packaged model.
+        guides: paths or packaged names, by name; ``reward:PATH`` is a reward model.
+        reward: what guides were trained on and best-of-N searches for, as ``load_reward`` reads it.
+        held_out: other rewards to report, by name: what the methods do not see.
+        baseline: name of the point that win rates are against; None is none.
+        coherence: path of an encoder, for coherence; None leaves it out.
+        judge: fields of ``Judge``; None asks nobody.
+        dtype: of policy and guides.
+        device: of policy and guides.
+        max_rows: responses sampled together.
+    """
+
+    prompts: Sequence[str]
+    points: Sequence[Point]
+    policy: str | None = None
+    guides: Mapping[str, str] = field(default_factory=dict)
+    reward: str | Sequence[str] = "cheerfulness"
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    baseline: str | None = None
+    coherence: str | None = None
+    judge: Mapping[str, Any] | None = None
+    dtype: str | None = None
+    device: str | None = None
+    max_rows: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("a study needs prompts, got none")
+        names = [point.name for point in self.points]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the point {name!r} is there {names.count(name)} times")
+        if self.baseline is not None and self.baseline not in names:
+            raise ValueError(f"baseline is {self.baseline!r}; there are {', '.join(names)}")
+        for point in self.points:
+            for guide in point.weights:
+                if guide not in self.guides:
+                    have = ", ".join(self.guides) or "none"
+                    raise ValueError(f"{point.name} has guide {guide!r}; the study has {have}")
+
+
+def read_study(file: str | Path) -> Study:
+    """A study from a YAML file; see ``docs/evaluate.md``.
+
+    Raises:
+        ValueError: the file cannot be read, or an entry is unknown or not allowed.
+    """
+    import yaml
+
+    path = Path(file)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the study {str(path)!r}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"the study {str(path)!r} must be a mapping of names")
+    known = {f.name for f in dataclasses.fields(Study)} - {"points"} | {"methods", "sampling"}
+    if unknown := sorted(set(raw) - known):
+        raise ValueError(
+            f"the study has the entry {unknown[0]!r}; allowed are {', '.join(sorted(known))}"
+        )
+    prompts = raw.get("prompts")
+    if isinstance(prompts, str):
+        lines = (path.parent / prompts).read_text(encoding="utf-8").splitlines()
+        raw["prompts"] = [line for line in lines if line.strip()]
+    base = raw.pop("sampling", {})
+    methods = raw.pop("methods", [])
+    points = [point for method in methods for point in expand(method, base)]
+    return Study(points=points, **raw)
+
+
+def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
+    """The points of a method: what is a list in it varies, one after the other.
+
+    Raises:
+        ValueError: an unknown rule or setting.
+    """
+    given = dict(method)
+    name, kind = given.pop("name", None), given.pop("rule", "none")
+    if kind not in (*RULES, "best-of"):
+        raise ValueError(f"rule is {kind!r}; allowed are {', '.join([*RULES, 'best-of'])}")
+    guide = given.pop("guide", None)
+    weights = {guide: 1.0} if isinstance(guide, str) else dict(guide or {})
+    sampling = dict(base) | given.pop("sampling", {})
+    swept = [key for key, value in given.items() if isinstance(value, list)]
+    if len(swept) > 1:
+        raise ValueError(
+            f"the method {name or kind!r} varies {' and '.join(swept)}; allowed is one"
+        )
+    settings = [{}] if not swept else [{swept[0]: value} for value in given.pop(swept[0])]
+    points = []
+    for setting in settings:
+        options = given | setting
+        best_of = options.pop("n", 1) if kind == "best-of" else 1
+        rule_class = Plain if kind == "best-of" else RULES[kind]
+        try:
+            rule = rule_class(**options)
+            params = SamplingParams(**(dict(sampling)))
+        except TypeError as error:
+            raise ValueError(f"the method {name or kind!r}: {error}") from error
+        if best_of > params.n:
+            raise ValueError(
+                f"the method {name or kind!r} takes the best of {best_of}, but {params.n} "
+                "responses are sampled; raise n of its sampling"
+            )
+        points.append(Point(name or kind, setting, rule, weights, params, best_of))
+    return points

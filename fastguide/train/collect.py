@@ -1,0 +1,284 @@
+"""Responses of the policy and their rewards, in a folder that a killed run continues.
+
+Draws depend on seed, prompt and position only, so that a shard made again after a kill is the same
+shard: nothing is lost and nothing is there twice. (In bf16 and fp16 that takes the same
+``max_rows``, too: other batches round otherwise.) Rewards are series of their own beside the
+responses, so that one collection serves many rewards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastguide.engine import Engine
+from fastguide.models.guide_config import RewardScale
+from fastguide.request import SamplingParams, sample_seed
+from fastguide.rewards import Reward, Sample, judge
+from fastguide.train.episodes import Episode, Rollout, episodes_of
+from fastguide.train.shards import Shards
+
+ROLLOUTS = "rollouts"
+"""The series of responses; every other series of a folder is of rewards."""
+
+MOST_FAILURES = 0.05
+"""Share of samples without a reward at which labelling stops."""
+
+OnProgress = Callable[[int, int], None]
+"""Told how many of how many responses are done."""
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How responses are sampled: ``samples_per_prompt`` each, ``shard_prompts`` prompts a shard."""
+
+    samples_per_prompt: int = 2
+    max_tokens: int = 128
+    temperature: float = 0.7
+    seed: int = 0
+    shard_prompts: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_prompt", "max_tokens", "shard_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def collect(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    folder: str | Path,
+    config: CollectConfig,
+    *,
+    policy: str,
+    limits: Sequence[int] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Shards:
+    """Sample responses to all prompts, unguided, into ``folder``; shards already there stay.
+
+    Args:
+        engine: its base model is the policy.
+        prompts: token ids of each prompt.
+        folder: made if needed.
+        config: sampling and shard size.
+        policy: a name for the model, kept in the manifest: a folder is not continued with another.
+        limits: most tokens of the responses to each prompt, where they differ from ``config``'s.
+        on_progress: told after each response, those already there included.
+
+    Raises:
+        ValueError: when the folder holds rollouts of other prompts, settings or policy.
+    """
+    shards = open_shards(prompts, folder, config, policy)
+    most = [config.max_tokens] * len(prompts) if limits is None else list(limits)
+    done, of = 0, len(prompts) * config.samples_per_prompt
+    for number in range(shards.series[ROLLOUTS]["of"]):
+        first = number * config.shard_prompts
+        chunk = shard_prompts(prompts, config, number)
+        if not shards.has(ROLLOUTS, number):
+            rollouts = []
+            for rollout in sample(engine, chunk, first, config, most[first:]):
+                rollouts.append(rollout)
+                if on_progress is not None:
+                    on_progress(done + len(rollouts), of)
+            shards.write(ROLLOUTS, number, table_of(rollouts))
+        done += len(chunk) * config.samples_per_prompt
+        if on_progress is not None:
+            on_progress(done, of)
+    return shards
+
+
+def open_shards(
+    prompts: Sequence[Sequence[int]], folder: str | Path, config: CollectConfig, policy: str
+) -> Shards:
+    """The folder of a collection, begun or continued; see ``collect``."""
+    digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
+    about = {"policy": policy, "prompts": digest, "sampling": asdict(config)}
+    shards = Shards(folder, about)
+    shards.begin(ROLLOUTS, of=-(-len(prompts) // config.shard_prompts))
+    return shards
+
+
+def shard_prompts(
+    prompts: Sequence[Sequence[int]], config: CollectConfig, number: int
+) -> list[list[int]]:
+    """The prompts of one shard."""
+    start = number * config.shard_prompts
+    return [list(prompt) for prompt in prompts[start : start + config.shard_prompts]]
+
+
+def sample(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    first: int,
+    config: CollectConfig,
+    limits: Sequence[int],
+) -> Iterator[Rollout]:
+    """Responses to prompts ``first``, ``first + 1``, …, as they end; ``limits`` are theirs."""
+    sampling = [
+        SamplingParams(
+            temperature=config.temperature,
+            max_tokens=limits[i],
+            n=config.samples_per_prompt,
+            seed=sample_seed(config.seed, first + i + 1),
+        )
+        for i in range(len(prompts))
+    ]
+    for output in engine.completions([list(p) for p in prompts], sampling=sampling):
+        if output.error is not None:
+            raise ValueError(f"prompt {first + output.prompt + 1}: {output.error}")
+        yield Rollout(
+            prompt=first + output.prompt,
+            sample=output.sample,
+            prompt_ids=tuple(prompts[output.prompt]),
+            response_ids=tuple(output.token_ids),
+            finish_reason=str(output.finish_reason),
+        )
+
+
+def table_of(rollouts: Sequence[Rollout]) -> Any:
+    """A shard of responses, in the order of prompts and samples."""
+    import pyarrow as pa
+
+    ids = pa.list_(pa.int32())
+    schema = pa.schema(
+        {
+            "prompt": pa.int64(),
+            "sample": pa.int32(),
+            "prompt_ids": ids,
+            "response_ids": ids,
+            "finish_reason": pa.string(),
+        }
+    )
+    ordered = sorted(rollouts, key=lambda r: (r.prompt, r.sample))
+    return pa.Table.from_pylist([asdict(rollout) for rollout in ordered], schema=schema)
+
+
+def read(folder: str | Path) -> Iterator[Rollout]:
+    """All rollouts of a finished folder, in the order of the prompts.
+
+    Raises:
+        ValueError: when the folder has no manifest, is unfinished, or a shard is not what the
+            manifest says.
+    """
+    for row in Shards(folder).rows(ROLLOUTS):
+        yield _rollout(row)
+
+
+def rollouts_of(table: Any) -> list[Rollout]:
+    """The responses of one shard."""
+    return [_rollout(row) for row in table.to_pylist()]
+
+
+def label(
+    folder: str | Path,
+    reward: Reward,
+    decode: Callable[[Sequence[int]], str],
+    *,
+    name: str = "reward",
+    max_tokens: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> Shards:
+    """Judge the responses of a finished collection; shards already judged stay.
+
+    Args:
+        folder: where ``collect`` put the responses.
+        reward: judges them.
+        decode: token ids to text without special tokens.
+        name: of the series of rewards; a folder may hold several.
+        max_tokens: judge the first so many tokens: they are a response sampled with that limit.
+        on_progress: told after each shard how many responses are judged.
+
+    Raises:
+        ValueError: the responses are unfinished; the series is of another reward or limit; or
+            more than 5 % of the samples of a shard cannot be judged, which are then named.
+    """
+    shards = label_series(folder, reward, name, max_tokens)
+    rows = [entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values()]
+    done = 0
+    for number in range(shards.series[name]["of"]):
+        rollouts = rollouts_of(shards.read(ROLLOUTS, number))
+        if not shards.has(name, number):
+            table, failed = judged(rollouts, reward, decode, max_tokens)
+            shards.write(name, number, table, failed=failed)
+        done += len(rollouts)
+        if on_progress is not None:
+            on_progress(done, sum(rows))
+    return shards
+
+
+def label_series(folder: str | Path, reward: Reward, name: str, max_tokens: int | None) -> Shards:
+    """The folder with a series of rewards begun or continued; see ``label``."""
+    shards = Shards(folder)
+    if not shards.complete(ROLLOUTS):
+        raise ValueError(f"the rollouts at {folder} are unfinished; run their collection again")
+    of = shards.series[ROLLOUTS]["of"]
+    shards.begin(name, of, reward=reward.name, max_tokens=max_tokens, per_token=reward.per_token)
+    return shards
+
+
+def judged(
+    rollouts: Sequence[Rollout],
+    reward: Reward,
+    decode: Callable[[Sequence[int]], str],
+    max_tokens: int | None,
+) -> tuple[Any, int]:
+    """A shard of rewards, row by row beside the responses, and how many could not be judged.
+
+    Raises:
+        ValueError: more than 5 % of them could not.
+    """
+    import pyarrow as pa
+
+    samples = []
+    for rollout in rollouts:
+        ids = rollout.response_ids[:max_tokens]
+        samples.append(Sample(decode(rollout.prompt_ids), decode(ids), len(ids)))
+    values, failures = judge(reward, samples)
+    if len(failures) > MOST_FAILURES * len(samples):
+        first = failures[0]
+        where = rollouts[first.sample]
+        raise ValueError(
+            f"reward {reward.name} failed on {len(failures)} of {len(samples)} samples (allowed "
+            f"are 5 %), first on prompt {where.prompt}, sample {where.sample}: {first.reason}"
+        )
+    reasons = {failure.sample: failure.reason for failure in failures}
+    table = pa.table(
+        {
+            "reward": pa.array(values, pa.float64()),
+            "response": pa.array([s.response for s in samples], pa.string()),
+            "failure": pa.array([reasons.get(i) for i in range(len(samples))], pa.string()),
+        }
+    )
+    return table, len(failures)
+
+
+def load_episodes(folder: str | Path, labels: str = "reward") -> tuple[list[Episode], RewardScale]:
+    """The episodes of a collection and one of its series of rewards; see ``episodes_of``.
+
+    Raises:
+        ValueError: either is missing, unfinished or broken, or the rewards do not vary.
+    """
+    shards = Shards(folder)
+    rows = list(shards.rows(labels))
+    about = shards.series[labels]["about"]
+    return episodes_of(
+        read(folder),
+        (row["reward"] for row in rows),
+        about["reward"],
+        max_tokens=about["max_tokens"],
+        per_token=about["per_token"],
+    )
+
+
+def failures(shards: Shards, name: str) -> int:
+    """How many responses a series of rewards leaves out."""
+    return sum(entry["failed"] for entry in shards.series[name]["shards"].values())
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    ids = {key: tuple(row[key]) for key in ("prompt_ids", "response_ids")}
+    return Rollout(**(row | ids))

@@ -1,0 +1,77 @@
+"""FUDGE: a classifier of prefixes tells whether the finished response will have an attribute.
+
+Yang and Klein, NAACL 2021: binary cross-entropy on every prefix of a response, the label being
+that of the whole. Decoding adds log sigma of the classifier's logit (``fastguide.FUDGE``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import EvalPrediction
+
+from fastguide.train.episodes import Episode, EpisodeBatch
+from fastguide.train.prefix import PrefixConfig, PrefixTrainer
+
+
+@dataclasses.dataclass
+class FudgeConfig(PrefixConfig):
+    """``PrefixConfig``; a prefix classifier has no hyper-parameters of its own."""
+
+
+def attributes(episodes: Sequence[Episode], above: float | None = None) -> list[Episode]:
+    """Episodes with the reward 1 where theirs is larger than ``above``, else 0.
+
+    Args:
+        episodes: rewarded at their end.
+        above: in the unit of their rewards; None is their median.
+
+    Raises:
+        ValueError: all have the attribute, or none; or rewards are paid per token.
+    """
+    if any(episode.token_reward for episode in episodes):
+        raise ValueError("the reward is paid per token; an attribute needs one paid at the end")
+    border = statistics.median(e.reward for e in episodes) if above is None else above
+    labelled = [dataclasses.replace(e, reward=float(e.reward > border)) for e in episodes]
+    share = statistics.fmean(e.reward for e in labelled)
+    if share in (0.0, 1.0):
+        raise ValueError(
+            f"{'all' if share else 'none'} of {len(labelled)} responses have a reward above "
+            f"{border:g}; a classifier needs both"
+        )
+    return labelled
+
+
+class FudgeTrainer(PrefixTrainer):
+    """Trains a ``ValueModel`` as a classifier; episodes' rewards are 0 or 1 (``attributes``).
+
+    Validation gives ``eval_loss``, the cross-entropy in nats, and ``eval_accuracy``, both over all
+    prefixes; and ``eval_last_accuracy``, of whole responses.
+    """
+
+    def loss(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
+        """Binary cross-entropy of the logits, averaged over all prefixes of the batch."""
+        label = batch.rewards.sum(1, keepdim=True).expand_as(values)
+        return F.binary_cross_entropy_with_logits(values[batch.states], label[batch.states])
+
+    def statistics(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
+        """Right answers, the last one, and how many prefixes."""
+        label = batch.rewards.sum(1, keepdim=True) > 0.5
+        right = ((values > 0) == label) & batch.states
+        last = batch.states.sum(dim=1) + batch.states.int().argmax(dim=1) - 1
+        columns = (right.sum(1), right.gather(1, last[:, None])[:, 0], batch.states.sum(1))
+        return torch.stack([column.double() for column in columns], dim=1)
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """From the sums over all episodes."""
+        right, last, prefixes = np.asarray(prediction.predictions).sum(axis=0)
+        return {
+            "accuracy": float(right / prefixes),
+            "last_accuracy": float(last / len(prediction.predictions)),
+        }

@@ -1,0 +1,212 @@
+"""From a collection to a guide: split, train, validate, write the folder; and sweeps of that."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastguide.models.guide_config import CONFIG_FILE, GuideConfig
+from fastguide.models.value import ValueModel
+from fastguide.train.collect import load_episodes
+from fastguide.train.episodes import Episode
+from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes
+from fastguide.train.prefix import PrefixConfig, PrefixTrainer
+from fastguide.train.shards import Shards
+from fastguide.train.validation import validate
+from fastguide.train.value import ValueConfig, ValueTrainer
+
+RESULTS_FILE = "sweep.json"
+MONTE_CARLO = "eval_mc_mse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A way to train a guide."""
+
+    config: type[PrefixConfig]
+    trainer: type[PrefixTrainer]
+    guide: str
+    """``GuideConfig.kind``."""
+    criterion: str
+    """The validation metric that a sweep minimises, where there is no ``MONTE_CARLO``."""
+
+
+KINDS = {
+    "value": Kind(ValueConfig, ValueTrainer, "value", "eval_mse"),
+    "fudge": Kind(FudgeConfig, FudgeTrainer, "classifier", "eval_loss"),
+}
+
+
+def split(episodes: Sequence[Episode], held_out: float) -> tuple[list[Episode], list[Episode]]:
+    """Training and validation episodes: about a share ``held_out`` of the prompts, by hash.
+
+    All responses to a prompt, and to the same prompt elsewhere in the data, lie on one side.
+    """
+    train: list[Episode] = []
+    valid: list[Episode] = []
+    for episode in episodes:
+        (valid if is_held_out(episode.prompt_ids, held_out) else train).append(episode)
+    return train, valid
+
+
+def is_held_out(prompt_ids: Sequence[int], share: float) -> bool:
+    """Whether a prompt is of the share that is not trained on; so is everyone who asks alike."""
+    return zlib.crc32(repr(tuple(prompt_ids)).encode()) / 2**32 < share
+
+
+def train_guide(
+    kind: str,
+    data: str | Path,
+    base: str | Path,
+    config: PrefixConfig,
+    *,
+    labels: str = "reward",
+    held_out: float = 0.05,
+    above: float | None = None,
+    validation: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    callbacks: Sequence[Any] = (),
+    **model: Any,
+) -> dict[str, float]:
+    """Train a guide into ``config.output_dir``; a killed run continues from its last checkpoint.
+
+    Args:
+        kind: one of ``KINDS``.
+        data: the folder of a collection.
+        base: the backbone: path, hub id or packaged name.
+        config: of the kind.
+        labels: the series of rewards.
+        held_out: share of the prompts for validation.
+        above: for ``fudge``: a raw reward above this is the attribute; None is the median.
+        validation: a set of ``make_validation``, to measure a value model against as well.
+        dtype: of the saved weights; None saves them as they are.
+        base_model: what the guide says its base is; None is where it was loaded from.
+        on_start: told how many episodes there are to train on, and to validate.
+        callbacks: of transformers' ``Trainer``.
+        model: options of ``ValueModel.create``.
+
+    Returns:
+        The validation metrics, named as in the trainer (``eval_…``), and with ``validation`` the
+        error against it as ``eval_mc_mse`` and ``eval_mc_explained_variance``.
+
+    Raises:
+        ValueError: the data are missing or unfinished, do not vary, or a setting is not allowed.
+    """
+    how = KINDS[kind]
+    shards = Shards(data)
+    episodes, scale = load_episodes(data, labels)
+    if kind == "fudge":
+        border = None if above is None else scale.standardise([above])[0]
+        episodes = attributes(episodes, border)
+    train, valid = split(episodes, held_out)
+    torch.manual_seed(config.seed)
+    facts: dict[str, Any] = {
+        "policy": shards.about["policy"],
+        "sampling": shards.about["sampling"],
+        "data": shards.digest(),
+        "rollouts": len(episodes),
+        "validation_episodes": len(valid),
+    }
+    if above is not None:
+        facts["above"] = above
+    targets = {name: getattr(config, name) for name in ("gamma", "lam") if hasattr(config, name)}
+    guide = GuideConfig(str(base), scale, kind=how.guide, training=facts, **targets)
+    value = ValueModel.create(base, config=guide, **model)
+    trainer = how.trainer(value, config, train, valid, callbacks=list(callbacks))
+    if on_start is not None:
+        on_start(len(train), len(valid))
+    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+    metrics = trainer.evaluate() if valid else {}
+    if validation is not None:
+        with trainer.averaged():
+            measured = validate(value.eval(), validation)
+        metrics["eval_mc_mse"] = measured.mse.mean
+        metrics["eval_mc_explained_variance"] = measured.explained_variance.mean
+    kept = {key.removeprefix("eval_"): round(x, 6) for key, x in metrics.items() if _kept(key)}
+    more = {"validation": kept, "hyperparameters": _hyperparameters(config)}
+    value.config = dataclasses.replace(value.config, training=facts | more)
+    if trainer.is_world_process_zero():
+        with trainer.averaged():
+            value.save_pretrained(config.output_dir or ".", dtype=dtype, base_model=base_model)
+    return metrics
+
+
+def _kept(key: str) -> bool:
+    timing = ("runtime", "per_second", "preparation_time", "epoch")
+    return key.startswith("eval_") and not key.endswith(timing)
+
+
+def _hyperparameters(config: PrefixConfig) -> dict[str, Any]:
+    names = (
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "warmup_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "ema",
+        "bf16",
+        "seed",
+    )
+    schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
+    return {name: getattr(config, name) for name in names} | {"schedule": schedule}
+
+
+def sweep(
+    kind: str,
+    folder: str | Path,
+    grid: Mapping[str, Sequence[Any]],
+    train: Callable[[Path, dict[str, Any]], dict[str, float]],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Train with every combination of a grid, and keep the one with the lowest validation error.
+
+    Runs that ended before are not repeated. The best guide is copied to ``folder``, and all
+    results are in its ``sweep.json``.
+
+    Args:
+        kind: one of ``KINDS``.
+        folder: each run has a folder inside.
+        grid: settings by name.
+        train: trains into a folder with these settings, and returns validation metrics.
+
+    Returns:
+        The best settings and their metrics.
+
+    Raises:
+        ValueError: a run has no validation metric to choose by.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    record = target / RESULTS_FILE
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
+    results: list[dict[str, Any]] = []
+    for values in itertools.product(*grid.values()):
+        settings = dict(zip(grid, values, strict=True))
+        name = ",".join(f"{key}={value}" for key, value in settings.items())
+        found = next((r for r in known if r["settings"] == settings), None)
+        if found is None:
+            metrics = train(target / name, settings)
+            if not {MONTE_CARLO, KINDS[kind].criterion} & set(metrics):
+                raise ValueError("a sweep needs an error to choose by: hold some prompts out")
+            found = {"settings": settings, "folder": name, "metrics": metrics}
+        results.append(found)
+        record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    known_by = MONTE_CARLO if MONTE_CARLO in results[0]["metrics"] else KINDS[kind].criterion
+    best = min(results, key=lambda result: result["metrics"][known_by])
+    for file in (target / best["folder"]).iterdir():
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+    assert (target / CONFIG_FILE).is_file()
+    return best["settings"], best["metrics"]

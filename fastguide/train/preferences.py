@@ -1,0 +1,167 @@
+"""Reward models from pairs of responses, and policies from texts, through TRL's trainers.
+
+A reward model learns ``-log sigmoid(r(chosen) - r(rejected))`` (Bradley-Terry). Its folder is a
+sequence classifier with one label: ``RewardGuide`` decodes with it (ARGS), ``classifier:PATH``
+judges with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastguide.assets import resolve
+from fastguide.models.loading import load_tokenizer
+
+COLUMNS = {"reward": ("chosen", "rejected"), "sft": ("text",)}
+"""What the files of each kind must hold; ``reward`` may have a ``prompt`` besides."""
+
+
+def trl() -> Any:
+    """The ``trl`` package, or how to get it."""
+    try:
+        import trl
+    except ImportError as error:
+        raise ImportError("this needs TRL: pip install 'fastguide[trl]'") from error
+    return trl
+
+
+def read_rows(kind: str, files: Sequence[str | Path]) -> Any:
+    """A ``datasets.Dataset`` of JSON lines (``.jsonl``, ``.jsonl.gz``) or Parquet files.
+
+    Raises:
+        ValueError: a file is missing or of another type, or lacks a column.
+    """
+    trl()
+    import datasets
+
+    paths = [Path(file) for file in files]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"there is no file {str(path)!r}")
+    parquet = [path.suffix == ".parquet" for path in paths]
+    if any(parquet) and not all(parquet):
+        raise ValueError("some files are Parquet and some are not; allowed is one type at a time")
+    loader = "parquet" if all(parquet) else "json"
+    rows = datasets.load_dataset(loader, data_files=[str(path) for path in paths], split="train")
+    needed = COLUMNS[kind]
+    if missing := [name for name in needed if name not in rows.column_names]:
+        raise ValueError(
+            f"the rows have {', '.join(rows.column_names)}, but no {missing[0]!r}; needed are "
+            f"{', '.join(needed)}"
+        )
+    return rows.select_columns([n for n in (*needed, "prompt") if n in rows.column_names])
+
+
+def train_reward(
+    rows: Any,
+    base: str | Path,
+    config: Any,
+    *,
+    lora_rank: int | None = None,
+    held_out: float = 0.05,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, float]:
+    """Train a reward model on pairs, into ``config.output_dir``.
+
+    Args:
+        rows: see ``read_rows``.
+        base: a decoder: path, hub id or packaged name.
+        config: ``trl.RewardConfig``.
+        lora_rank: train a LoRA of that rank, merged at the end; None trains all weights.
+        held_out: share of the pairs for validation.
+        callbacks: of transformers' ``Trainer``.
+
+    Returns:
+        Validation metrics, named as TRL does (``eval_accuracy`` and so on).
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer, where = load_tokenizer(base), resolve(base)
+    _pad(tokenizer)
+    with warnings.catch_warnings():  # the head is new: that is the point
+        warnings.simplefilter("ignore")
+        model = AutoModelForSequenceClassification.from_pretrained(
+            where, num_labels=1, dtype="float32", use_safetensors=True
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trainer = trl().RewardTrainer(
+        model=model,
+        args=config,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        peft_config=_lora(lora_rank, "SEQ_CLS", modules_to_save=["score"]),
+        **_split(rows, held_out, config.seed),
+    )
+    return _finish(trainer, tokenizer)
+
+
+def train_sft(
+    rows: Any,
+    base: str | Path,
+    config: Any,
+    *,
+    lora_rank: int | None = None,
+    held_out: float = 0.05,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, float]:
+    """Fine-tune a policy on texts, into ``config.output_dir``; see ``train_reward``.
+
+    ``config`` is ``trl.SFTConfig``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, where = load_tokenizer(base), resolve(base)
+    _pad(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype="float32", use_safetensors=True)
+    trainer = trl().SFTTrainer(
+        model=model,
+        args=config,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        peft_config=_lora(lora_rank, "CAUSAL_LM"),
+        **_split(rows, held_out, config.seed),
+    )
+    return _finish(trainer, tokenizer)
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _lora(rank: int | None, task: str, **more: Any) -> Any:
+    if rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", bias="none", task_type=task, **more
+    )
+
+
+def _split(rows: Any, held_out: float, seed: int) -> dict[str, Any]:
+    if not held_out:
+        return {"train_dataset": rows}
+    parts = rows.train_test_split(held_out, seed=seed)
+    return {"train_dataset": parts["train"], "eval_dataset": parts["test"]}
+
+
+def _finish(trainer: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    metrics: dict[str, float] = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if not isinstance(model, PreTrainedModel):  # a LoRA: guides read whole classifiers
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return metrics

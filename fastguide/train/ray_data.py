@@ -1,0 +1,215 @@
+"""The stages of ``collect`` as a Ray Data pipeline, for many GPUs or machines.
+
+Every worker holds an engine (or a reward) of its own and takes one shard at a time; the driver
+writes what comes back. So the folder, its manifest and its shards are those of ``collect``: what is
+whole stays, whoever made it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastguide.engine import Engine
+from fastguide.rewards import load_reward
+from fastguide.train.collect import (
+    ROLLOUTS,
+    CollectConfig,
+    OnProgress,
+    judged,
+    label_series,
+    open_shards,
+    rollouts_of,
+    sample,
+    shard_prompts,
+    table_of,
+)
+from fastguide.train.shards import Shards
+
+
+def ray_data() -> Any:
+    """``ray`` with ``ray.data``, on the cluster it is connected to, else on this machine."""
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ImportError("this needs Ray: pip install 'fastguide[ray]'") from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is told by the driver
+    if not ray.is_initialized():
+        ray.init(logging_level="error", log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    return ray
+
+
+def collect_with_ray(
+    model: str | Path,
+    prompts: Sequence[Sequence[int]],
+    folder: str | Path,
+    config: CollectConfig,
+    *,
+    workers: int = 1,
+    gpus: float = 0,
+    options: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Shards:
+    """``collect`` on ``workers`` engines; shards already there stay.
+
+    Args:
+        model: path (the same on every machine), hub id or packaged name.
+        prompts: token ids of each prompt.
+        folder: made if needed, by the driver.
+        config: sampling and shard size.
+        workers: engines at once.
+        gpus: of each engine; 0 runs on the CPU.
+        options: of ``Engine``, such as ``dtype`` and ``max_rows``.
+        on_progress: told after each shard, those already there included.
+
+    Raises:
+        ValueError: as ``collect``.
+    """
+    ray = ray_data()
+    given = dict(options or {}) | ({} if gpus else {"device": "cpu"})
+    policy = ray.get(ray.remote(num_gpus=gpus)(_policy).remote(str(model), given))
+    shards = open_shards(prompts, folder, config, policy)
+    of = shards.series[ROLLOUTS]["of"]
+    todo = [
+        {"number": n, "prompts": _pack(shard_prompts(prompts, config, n))}
+        for n in range(of)
+        if not shards.has(ROLLOUTS, n)
+    ]
+    done, every = len(prompts) * config.samples_per_prompt, config.samples_per_prompt
+    left = sum(len(_unpack(item["prompts"])) * every for item in todo)
+    for number, table, _ in _stream(
+        ray, todo, _Sampler, (str(model), given, config), workers, gpus
+    ):
+        shards.write(ROLLOUTS, number, table)
+        left -= table.num_rows
+        if on_progress is not None:
+            on_progress(done - left, done)
+    return shards
+
+
+def label_with_ray(
+    folder: str | Path,
+    reward: str | Sequence[str],
+    model: str | Path,
+    *,
+    name: str = "reward",
+    max_tokens: int | None = None,
+    workers: int = 1,
+    gpus: float = 0,
+    on_progress: OnProgress | None = None,
+) -> Shards:
+    """``label`` on ``workers`` copies of a reward, by its text; ``model`` has the tokenizer.
+
+    Raises:
+        ValueError: as ``label``.
+    """
+    ray = ray_data()
+    device = None if gpus else "cpu"
+    spec = reward if isinstance(reward, str) else list(reward)
+    shards = label_series(folder, load_reward(spec, device="cpu"), name, max_tokens)
+    of = shards.series[name]["of"]
+    todo = [
+        {"number": n, "rollouts": _ipc(shards.read(ROLLOUTS, n))}
+        for n in range(of)
+        if not shards.has(name, n)
+    ]
+    total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
+    left = sum(_table(item["rollouts"]).num_rows for item in todo)
+    arguments = (spec, device, str(model), max_tokens)
+    for number, table, failed in _stream(ray, todo, _Judge, arguments, workers, gpus):
+        shards.write(name, number, table, failed=failed)
+        left -= table.num_rows
+        if on_progress is not None:
+            on_progress(total - left, total)
+    return shards
+
+
+def _policy(model: str, options: dict[str, Any]) -> str:
+    return Engine(model, guides={}, **options).policy
+
+
+class _Sampler:
+    """A worker of the first stage."""
+
+    def __init__(self, model: str, options: dict[str, Any], config: CollectConfig) -> None:
+        self._engine, self._config = Engine(model, guides={}, **options), config
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        (number,), (packed,) = batch["number"], batch["prompts"]
+        prompts, config = _unpack(packed), self._config
+        first = int(number) * config.shard_prompts
+        limits = [config.max_tokens] * len(prompts)
+        table = table_of(list(sample(self._engine, prompts, first, config, limits)))
+        return {"number": [int(number)], "table": [_ipc(table)], "failed": [0]}
+
+
+class _Judge:
+    """A worker of the second stage."""
+
+    def __init__(
+        self, spec: str | list[str], device: str | None, model: str, max_tokens: int | None
+    ) -> None:
+        from fastguide.models.loading import load_tokenizer
+
+        self._reward, self._max_tokens = load_reward(spec, device=device), max_tokens
+        self._tokenizer = load_tokenizer(model)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        (number,), (packed,) = batch["number"], batch["rollouts"]
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+        rollouts = rollouts_of(_table(packed))
+        table, failed = judged(rollouts, self._reward, decode, self._max_tokens)
+        return {"number": [int(number)], "table": [_ipc(table)], "failed": [failed]}
+
+
+def _stream(
+    ray: Any,
+    items: list[dict[str, Any]],
+    worker: type,
+    arguments: tuple[Any, ...],
+    workers: int,
+    gpus: float,
+) -> Iterator[tuple[int, Any, int]]:
+    """What the workers make of the items, as it comes: number, table and failures of a shard."""
+    if not items:
+        return
+    data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        worker,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        concurrency=min(workers, len(items)),
+        num_gpus=gpus,
+    )
+    for row in data.iter_rows():
+        yield int(row["number"]), _table(row["table"]), int(row["failed"])
+
+
+def _pack(prompts: list[list[int]]) -> str:
+    return ";".join(",".join(map(str, prompt)) for prompt in prompts)
+
+
+def _unpack(text: str) -> list[list[int]]:
+    return [[int(token) for token in prompt.split(",")] for prompt in str(text).split(";")]
+
+
+def _ipc(table: Any) -> bytes:
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _table(data: bytes) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(data).read_all()

@@ -1,0 +1,163 @@
+"""A folder of Parquet shards and the manifest that says which of them are whole.
+
+A shard counts once the manifest names it; both are written under a temporary name and renamed. So
+whoever is killed at any moment finds, when started again, what was finished and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 2
+
+
+def parquet() -> Any:
+    """``pyarrow.parquet``, or how to get it."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("this needs pyarrow: pip install 'fastguide[train]'") from error
+    return pyarrow.parquet
+
+
+class Shards:
+    """Series of numbered shards in one folder, such as responses and their labels.
+
+    Args:
+        folder: made if needed.
+        about: what the folder is of; it is continued only with the same. None takes a folder as
+            it is, which must exist.
+
+    Raises:
+        ValueError: nothing is there to take, or something else than what ``about`` says.
+    """
+
+    def __init__(self, folder: str | Path, about: dict[str, Any] | None = None) -> None:
+        parquet()  # said before anything is sampled
+        self.folder = Path(folder)
+        file = self.folder / MANIFEST_FILE
+        manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if manifest is None:
+            if about is None:
+                raise ValueError(f"no rollouts at {self.folder}: {MANIFEST_FILE} is missing")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            manifest = {"format_version": FORMAT_VERSION, "about": about, "series": {}}
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{file} has format_version {manifest.get('format_version')!r}; "
+                f"this version reads {FORMAT_VERSION}"
+            )
+        if about is not None and manifest["about"] != about:
+            odd = sorted(k for k in about if manifest["about"].get(k) != about[k])
+            raise ValueError(
+                f"{self.folder} holds rollouts with another {', '.join(odd)}; "
+                "choose another folder or delete it"
+            )
+        self._manifest = manifest
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the folder is of."""
+        about: dict[str, Any] = self._manifest["about"]
+        return about
+
+    @property
+    def series(self) -> dict[str, dict[str, Any]]:
+        """What is said of each series: ``about``, ``shards`` (rows and SHA-256) and ``of``."""
+        series: dict[str, dict[str, Any]] = self._manifest["series"]
+        return series
+
+    def begin(self, name: str, of: int, **about: Any) -> None:
+        """Begin or continue a series of ``of`` shards.
+
+        Raises:
+            ValueError: the folder has such a series with other facts or another length.
+        """
+        if name not in self.series:
+            self.series[name] = {"about": about, "of": of, "shards": {}}
+            self._save()
+        found = self.series[name]
+        if (found["about"], found["of"]) != (about, of):
+            raise ValueError(
+                f"{self.folder} holds {name!r} of {found['about']}, not of {about}; "
+                "choose another name or folder"
+            )
+
+    def has(self, name: str, number: int) -> bool:
+        """Whether a shard is whole."""
+        return str(number) in self.series[name]["shards"]
+
+    def complete(self, name: str) -> bool:
+        """Whether a series is."""
+        found = self.series.get(name)
+        return found is not None and len(found["shards"]) == found["of"]
+
+    def write(self, name: str, number: int, table: pa.Table, **facts: Any) -> None:
+        """Add a shard; ``facts`` are kept beside its rows and digest."""
+        file = self._file(name, number)
+        part = file.with_name(file.name + ".part")
+        parquet().write_table(table, part)
+        _rename(part, file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        entry = {"rows": table.num_rows, "sha256": digest, **facts}
+        self.series[name]["shards"][str(number)] = entry
+        self._save()
+
+    def read(self, name: str, number: int) -> pa.Table:
+        """A whole shard.
+
+        Raises:
+            ValueError: its file is missing or not what was written.
+        """
+        import pyarrow as pa
+
+        file = self._file(name, number)
+        data = file.read_bytes() if file.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != self.series[name]["shards"][str(number)]["sha256"]:
+            raise ValueError(f"the shard {file} is missing or not what was written")
+        return parquet().read_table(pa.BufferReader(data))
+
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """All rows of a complete series, in order.
+
+        Raises:
+            ValueError: there is no such series, it is unfinished, or a shard is broken.
+        """
+        if name not in self.series:
+            have = ", ".join(sorted(self.series)) or "nothing"
+            raise ValueError(f"{self.folder} has no {name!r}; it has {have}")
+        if not self.complete(name):
+            raise ValueError(f"{name!r} in {self.folder} are unfinished; run that command again")
+        for number in range(self.series[name]["of"]):
+            yield from self.read(name, number).to_pylist()
+
+    def digest(self) -> str:
+        """SHA-256 of the manifest: of everything in the folder."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    def _file(self, name: str, number: int) -> Path:
+        return self.folder / f"{name}-{number:05d}.parquet"
+
+    def _text(self) -> str:
+        return json.dumps(self._manifest, indent=1, sort_keys=True)
+
+    def _save(self) -> None:
+        file = self.folder / MANIFEST_FILE
+        part = file.with_name(file.name + ".part")
+        part.write_text(self._text(), encoding="utf-8")
+        _rename(part, file)
+
+
+def _rename(part: Path, file: Path) -> None:
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(part, file)

@@ -1,0 +1,79 @@
+"""The commands that make guides, as a person runs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*words: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastguide.cli", *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    lines = [f"{a} {b}" for a in ("Once", "Tom had", "Lily") for b in ("a", "the", "one", "two")]
+    (folder / "prompts.txt").write_text("\n".join(lines))
+    said = run(
+        "collect", folder / "data", "--input", folder / "prompts.txt", "--max-tokens", "12",
+        "--reward", "cheerfulness", "--shard", "5",
+    )  # fmt: skip
+    assert said.startswith("24 responses of stories@")
+    assert "24 rewards (cheerfulness) as 'reward' in" in said
+    return folder / "data"
+
+
+@pytest.mark.slow
+def test_from_prompts_to_a_measured_guide(data: Path, tmp_path: Path) -> None:
+    again = run("collect", data, "--input", data.parent / "prompts.txt", "--max-tokens", "12",
+                "--shard", "5")  # fmt: skip
+    assert "24 responses" in again
+    said = run("label", data, "--reward", "0.5*vader", "--reward", "length", "--labels", "mixed")
+    assert "24 rewards (0.5*vader + 1*length) as 'mixed'" in said
+    guide = tmp_path / "guide"
+    said = run("train", "value", data, "--out", guide, "--epochs", "1", "--held-out", "0.3",
+               "--lora-rank", "2", "--set", "gradient_accumulation_steps=2")  # fmt: skip
+    assert f"guide in {guide}; on held-out prompts: mse " in said
+    said = run("validate", guide, "--data", data, "--set", tmp_path / "set", "--held-out", "0.3",
+               "--completions", "2")  # fmt: skip
+    assert "validation set of" in said
+    assert f"{guide}: MSE " in said
+    said = run("train", "fudge", data, "--out", tmp_path / "fudge", "--epochs", "1", "--freeze",
+               "--head", "mlp", "--held-out", "0.3")  # fmt: skip
+    assert "loss" in said
+    said = run("train", "value", data, "--out", tmp_path / "swept", "--epochs", "1", "--freeze",
+               "--held-out", "0.3", "--sweep", "lr=1e-4,1e-3")  # fmt: skip
+    assert "best of the sweep: learning_rate " in said
+    generated = run("generate", "Once", "--guide", f"mine={guide}", "--max-tokens", "4")
+    assert generated.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["label", "DATA"], "no --reward is given"),
+        (["label", "DATA", "--reward", "joy"], "reward is 'joy'; allowed are cheerfulness"),
+        (["label", "/none", "--reward", "vader"], "no rollouts at /none"),
+        (["train", "value", "DATA", "--out", "x", "--labels", "joy"], "has no 'joy'; it has"),
+        (["train", "value", "DATA", "--out", "x", "--lam", "2"], "lam must lie in [0, 1]"),
+        (["train", "value", "DATA", "--out", "x", "--head", "tree"], "head is 'tree'"),
+        (["train", "value", "DATA", "--out", "x", "--full", "--freeze"], "--full and --freeze"),
+        (["train", "value", "DATA", "--out", "x", "--set", "speed=9"], "setting is 'speed=9'"),
+        (["validate", "--set", "x"], "neither --data nor a guide is given"),
+        (["validate", "cheerful", "--set", "/none"], "no rollouts at /none"),
+    ],
+)
+def test_mistakes_are_one_sentence(data: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    given = [str(data) if w == "DATA" else str(tmp_path / w) if w == "x" else w for w in words]
+    error = run(*given, code=2)
+    assert error.startswith("error: ")
+    assert said in error
+    assert error.count("\n") == 1

@@ -1,0 +1,161 @@
+"""Studies: read from YAML, run, continued, and shown."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastguide import ARGS, VAS
+from fastguide.config import Plain
+from fastguide.evaluate import Runner, read_study
+from fastguide.evaluate.report import table
+from fastguide.rewards import Sample, load_reward
+from fastguide.search import expected_best, kl_of_best
+
+STUDY = """
+prompts: [Once upon a time, Tom had a red ball.]
+reward: cheerfulness
+held_out: {sentiment: vader}
+guides: {cheerful: cheerful}
+dtype: float32
+sampling: {temperature: 0.7, max_tokens: 12, n: 2, seed: 3}
+baseline: plain
+methods:
+  - {name: plain, rule: none}
+  - {name: VAS, rule: vas, guide: cheerful, beta: [0, 4.0], k: 8}
+  - {name: BoN, rule: best-of, n: [1, 3], sampling: {n: 4}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    file = tmp_path / "study.yaml"
+    file.write_text(STUDY)
+    return file
+
+
+def test_lists_become_points(study: Path) -> None:
+    points = read_study(study).points
+    assert [p.name for p in points] == ["plain", "VAS beta=0", "VAS beta=4", "BoN n=1", "BoN n=3"]
+    assert points[2].rule == VAS(beta=4.0, k=8)
+    assert points[2].weights == {"cheerful": 1.0}
+    assert (points[4].rule, points[4].best_of, points[4].sampling.n) == (Plain(), 3, 4)
+    assert points[3].draws == points[4].draws != points[0].draws
+
+
+def test_prompts_may_lie_in_a_file(study: Path) -> None:
+    study.write_text(STUDY.replace("[Once upon a time, Tom had a red ball.]", "lines.txt"))
+    (study.parent / "lines.txt").write_text("One day\n\nA cat\n")
+    assert list(read_study(study).prompts) == ["One day", "A cat"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("dtype:", "dtypo:", "the study has the entry 'dtypo'; allowed are"),
+        ("rule: vas", "rule: vass", "rule is 'vass'; allowed are vas, args, fudge, none, best-of"),
+        ("k: 8", "k: [1, 2]", "varies beta and k; allowed is one"),
+        ("k: 8", "kk: 8", "unexpected keyword argument 'kk'"),
+        ("k: 8", "k: 0", "k is 0; allowed are whole numbers from 1"),
+        ("guide: cheerful", "guide: joy", "VAS beta=0 has guide 'joy'; the study has cheerful"),
+        ("n: [1, 3]", "n: [1, 9]", "best of 9, but 4 responses are sampled"),
+        ("baseline: plain", "baseline: plane", "baseline is 'plane'; there are plain, VAS"),
+        ("[0, 4.0]", "[4, 4.0]", "'VAS beta=4' is there 2 times"),
+    ],
+)
+def test_mistakes_are_named(study: Path, old: str, new: str, said: str) -> None:
+    study.write_text(STUDY.replace(old, new))
+    with pytest.raises(ValueError, match=said.replace("[", r"\[")):
+        read_study(study)
+
+
+def test_a_study_measures_what_it_says(study: Path, tmp_path: Path) -> None:
+    results = Runner(read_study(study), tmp_path / "out").run()
+    plain, zero, guided, one, three = results
+    # beta 0 is the policy, token for token.
+    assert zero["example"] == plain["example"]
+    assert zero["reward"] == plain["reward"]
+    assert zero["win_rate"]["mean"] == 0.5
+    assert zero["kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
+    assert guided["kl"]["mean"] > 0
+    assert "win_rate" not in plain
+    assert guided["guide_flops"] > guided["policy_flops"] > plain["guide_flops"] == 0
+    # Best of 3 of 4 is the estimator of the responses that are kept.
+    rows = next(
+        rows
+        for file in (tmp_path / "out").glob("responses-*.json")
+        if len(rows := json.loads(file.read_text())) == 8
+    )
+    by_prompt = [[r["reward"] for r in rows if r["prompt"] == p] for p in (0, 1)]
+    expected = sum(expected_best(rewards, 3) for rewards in by_prompt) / 2
+    assert three["reward"]["mean"] == pytest.approx(expected)
+    assert three["kl"]["mean"] == kl_of_best(3)
+    assert one["reward"]["mean"] == pytest.approx(sum(sum(r) / 4 for r in by_prompt) / 2)
+    judged = [Sample("", r["text"], r["tokens"]) for r in rows]
+    assert [r["reward"] for r in rows] == pytest.approx(load_reward("cheerfulness")(judged))
+    text = table(results)
+    assert text.count("\n") == 2 + len(results)
+    assert "| VAS beta=4 |" in text
+
+
+def test_a_killed_study_goes_on(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Runner(read_study(study), tmp_path / "whole").run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(what: str, done: int, of: int) -> None:
+        if what == "VAS beta=4" and done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Runner(read_study(study), tmp_path / "killed", kill).run()
+    sampled: list[str] = []
+    sample = Runner._sample
+
+    def counted(self: Runner, point: Any) -> Any:
+        sampled.append(point.name)
+        return sample(self, point)
+
+    monkeypatch.setattr(Runner, "_sample", counted)
+    results = Runner(read_study(study), tmp_path / "killed").run()
+    assert sampled == ["VAS beta=4", "BoN n=1"]
+    timing = {"seconds_per_response", "tokens_per_second"}
+    for one, other in zip(results, whole, strict=True):
+        assert {k: v for k, v in one.items() if k not in timing} == {
+            k: v for k, v in other.items() if k not in timing
+        }
+
+
+def test_the_command_writes_results_table_and_plots(study: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastguide.cli", "evaluate", str(study)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    assert "| VAS beta=4 |" in done.stdout
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {
+        "results.json",
+        "table.md",
+        "frontier-reward.png",
+        "frontier-sentiment.png",
+        "sweep-beta.png",
+        "sweep-n.png",
+    } <= names
+    wrong = subprocess.run(
+        [*command[:-1], "none.yaml", "--out", "x"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("error: cannot read the study 'none.yaml'")
+
+
+def test_rules_of_a_study_are_those_of_the_engine(study: Path) -> None:
+    study.write_text(STUDY.replace("rule: vas", "rule: args").replace("beta:", "weight:"))
+    assert read_study(study).points[2].rule == ARGS(weight=4.0, k=8)

@@ -1,0 +1,227 @@
+"""A killed collection continues: nothing is lost, nothing is there twice; rewards stand beside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastguide import Engine
+from fastguide.kernels.reference import td_lambda
+from fastguide.rewards import FunctionReward, Sample, load_reward
+from fastguide.train.collect import (
+    CollectConfig,
+    collect,
+    failures,
+    label,
+    load_episodes,
+    read,
+)
+from fastguide.train.episodes import Rollout, collate, episodes_of
+from fastguide.train.shards import MANIFEST_FILE, Shards
+
+CONFIG = CollectConfig(samples_per_prompt=2, max_tokens=6, shard_prompts=2, seed=3)
+PROMPTS = [[0, 424, 439], [0, 424], [0, 323, 447, 442], [0, 424, 439], [0, 281]]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine("stories", guides={}, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    collect(engine, PROMPTS, folder, CONFIG, policy="stories")
+    return folder
+
+
+def copy(whole: Path, folder: Path) -> Path:
+    for file in whole.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+# --------------------------------------------------------------------------------- responses
+
+
+def test_every_prompt_gets_its_samples_in_order(whole: Path) -> None:
+    rollouts = list(read(whole))
+    assert [(r.prompt, r.sample) for r in rollouts] == [(p, s) for p in range(5) for s in range(2)]
+    assert [r.prompt_ids for r in rollouts[::2]] == [tuple(p) for p in PROMPTS]
+    for rollout in rollouts:
+        assert len(rollout.response_ids) == 6 or rollout.finish_reason == "stop"
+    # Equal prompts draw with different seeds.
+    assert rollouts[0].response_ids != rollouts[6].response_ids
+
+
+@pytest.mark.parametrize("responses", [0, 1, 4, 7, 9])
+def test_kill_and_resume_equals_an_uninterrupted_run(
+    engine: Engine, whole: Path, tmp_path: Path, responses: int
+) -> None:
+    def kill(done: int, of: int) -> None:
+        assert of == 10
+        if done > responses:
+            raise Killed
+
+    with pytest.raises(Killed):
+        collect(engine, PROMPTS, tmp_path, CONFIG, policy="stories", on_progress=kill)
+    with pytest.raises(ValueError, match="unfinished"):
+        list(read(tmp_path))
+    # A shard half written, and one written but not yet in the manifest, are as good as none.
+    shards = responses // 4
+    (tmp_path / f"rollouts-{shards:05d}.parquet").write_bytes(b"half")
+    (tmp_path / f"rollouts-{shards:05d}.parquet.part").write_bytes(b"half")
+    kept = {f: f.stat().st_mtime_ns for f in tmp_path.glob("rollouts-*.parquet")}
+    collect(engine, PROMPTS, tmp_path, CONFIG, policy="stories")
+    remade = [f.name for f, time in kept.items() if f.stat().st_mtime_ns != time]
+    assert remade == [f"rollouts-{shards:05d}.parquet"]
+    for file in whole.glob("rollouts-*"):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    assert Shards(tmp_path).digest() == Shards(whole).digest()
+
+
+def test_a_finished_folder_is_left_alone(engine: Engine, whole: Path) -> None:
+    before = {f: f.stat().st_mtime_ns for f in whole.iterdir()}
+    collect(engine, PROMPTS, whole, CONFIG, policy="stories")
+    assert {f: f.stat().st_mtime_ns for f in whole.iterdir()} == before
+
+
+def test_other_settings_are_refused(engine: Engine, whole: Path) -> None:
+    with pytest.raises(ValueError, match="rollouts with another prompts;"):
+        collect(engine, PROMPTS[:3], whole, CONFIG, policy="stories")
+    with pytest.raises(ValueError, match="rollouts with another policy;"):
+        collect(engine, PROMPTS, whole, CONFIG, policy="others")
+
+
+def test_a_changed_shard_is_noticed(whole: Path, tmp_path: Path) -> None:
+    copy(whole, tmp_path)
+    (tmp_path / "rollouts-00001.parquet").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"rollouts-00001\.parquet is missing or not what was"):
+        list(read(tmp_path))
+    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    shards = manifest["series"]["rollouts"]["shards"]
+    assert [facts["rows"] for facts in shards.values()] == [4, 4, 2]
+
+
+def test_missing_pyarrow_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'fastguide\[train\]'"):
+        Shards(tmp_path, {})
+
+
+def test_a_folder_without_rollouts_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no rollouts at .*: manifest.json is missing"):
+        list(read(tmp_path))
+
+
+# ------------------------------------------------------------------------------------ rewards
+
+
+def test_rewards_stand_beside_the_responses(engine: Engine, whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(engine.tokenizer.decode(ids, skip_special_tokens=True))
+
+    told = []
+    label(
+        folder,
+        load_reward("vader"),
+        decode,
+        max_tokens=4,
+        on_progress=lambda done, of: told.append((done, of)),
+    )
+    label(folder, load_reward(["vader", "length"]), decode, name="both")
+    label(folder, load_reward("brevity"), decode, name="brevity")
+    assert told == [(4, 10), (8, 10), (10, 10)]
+    rows = list(Shards(folder).rows("reward"))
+    rollouts = list(read(folder))
+    assert [row["response"] for row in rows] == [decode(r.response_ids[:4]) for r in rollouts]
+    episodes, scale = load_episodes(folder, "both")
+    assert (scale.name, scale.per_token) == ("1*vader + 1*length", False)
+    assert [len(e.response_ids) for e in episodes] == [len(r.response_ids) for r in rollouts]
+    with pytest.raises(ValueError, match="'brevity' must vary"):  # all have 6 tokens
+        load_episodes(folder, "brevity")
+    with pytest.raises(ValueError, match=r"holds 'brevity' of .*'brevity'.* not of .*'length'"):
+        label(folder, load_reward("length"), decode, name="brevity")
+    with pytest.raises(ValueError, match="has no 'joy'; it has both, brevity, reward, rollouts"):
+        load_episodes(folder, "joy")
+
+
+def test_killed_labelling_goes_on_where_it_was(whole: Path, tmp_path: Path) -> None:
+    folder, judged = copy(whole, tmp_path), []
+
+    def reward(prompt: str, response: str) -> float:
+        judged.append(response)
+        return len(response)
+
+    def kill(done: int, of: int) -> None:
+        if done == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        label(folder, FunctionReward(reward), str, on_progress=kill)
+    with pytest.raises(ValueError, match=r"'reward' in .* are unfinished"):
+        load_episodes(folder)
+    label(folder, FunctionReward(reward), str)
+    assert len(judged) == 10
+
+
+def test_a_sample_that_cannot_be_judged_is_left_out(tmp_path: Path) -> None:
+    from fastguide.train.collect import judged
+
+    rollouts = [Rollout(i, 0, (1,), (2, i), "stop") for i in range(40)]
+
+    def reward(prompt: str, response: str) -> float:
+        if response == "(2, 7)":
+            raise RuntimeError("no opinion")
+        return float("nan") if response == "(2, 9)" else len(response)
+
+    table, failed = judged(rollouts, FunctionReward(reward), str, None)
+    assert failed == 2
+    rows = table.to_pylist()
+    assert [i for i, row in enumerate(rows) if row["reward"] is None] == [7, 9]
+    assert rows[7]["failure"] == "RuntimeError: no opinion"
+    assert rows[9]["failure"] == "the reward is nan"
+    with pytest.raises(ValueError, match=r"failed on 2 of 10 .* prompt 7, sample 0: RuntimeError"):
+        judged(rollouts[:10], FunctionReward(reward), str, None)
+    assert failures.__doc__
+
+
+def test_episodes_are_cut_and_standardised() -> None:
+    rollouts = [
+        Rollout(0, 0, (1, 2), (3, 4, 5, 6), "length"),
+        Rollout(1, 0, (1,), (3, 0), "stop"),
+        Rollout(2, 0, (1,), (9, 9), "stop"),
+    ]
+    episodes, scale = episodes_of(
+        rollouts, [-3.0, -2.0, None], "brevity", max_tokens=3, per_token=-1.0
+    )
+    assert [len(e.response_ids) for e in episodes] == [3, 2]
+    assert (scale.mean, scale.std, scale.per_token) == (-2.5, 0.5, True)
+    # Paid per token, 1 / std each; what is still to come is 0 in the mean over all states.
+    assert [e.token_reward for e in episodes] == [-2.0, -2.0]
+    batch = collate(episodes)
+    left = td_lambda(torch.zeros(2, 5), batch.rewards, batch.states, 1.0, 1.0)
+    assert left.sum().item() == pytest.approx(0.0, abs=1e-5)
+    assert left[0, 1].item() - left[1, 0].item() == pytest.approx(-2.0)  # 3 tokens, not 2
+    episodes, _ = episodes_of(rollouts, [0.9, -0.1, None], "joy", max_tokens=3)
+    assert [(e.reward, e.token_reward) for e in episodes] == [(1.0, 0.0), (-1.0, 0.0)]
+    with pytest.raises(ValueError, match="'joy' must vary"):
+        episodes_of(rollouts, [1.0, 1.0, 1.0], "joy")
+
+
+def test_samples_say_how_many_tokens_they_have() -> None:
+    assert load_reward("length")([Sample("p", "r", 5)]) == [5.0]

@@ -1,0 +1,101 @@
+"""Reward models and policies by TRL, on real data, and what they are used for."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastguide import ARGS, Engine, RewardGuide, SamplingParams
+from fastguide.rewards import Sample, load_reward
+from fastguide.train.preferences import read_rows, train_reward, train_sft
+
+trl: Any = pytest.importorskip("trl", reason="trl is not installed")
+pytestmark = pytest.mark.slow
+DATA = Path(__file__).parents[3] / "shared/data"
+
+
+def settings(folder: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "max_length": 96,
+        **more,
+    }
+
+
+def traits() -> list[dict[str, str]]:
+    """Statements of a trait and of its opposite, as pairs."""
+    file = DATA / "attr_anthropic_evals/agreeableness.jsonl"
+    if not file.is_file():
+        pytest.skip(f"the data {file} are absent")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    yes = [r["statement"] for r in rows if r["answer_matching_behavior"].strip() == "Yes"]
+    no = [r["statement"] for r in rows if r["answer_matching_behavior"].strip() == "No"]
+    return [{"chosen": a, "rejected": b} for a, b in zip(yes, no, strict=False)]
+
+
+@pytest.mark.parametrize("lora_rank", [None, 8])
+def test_a_reward_model_learns_a_trait_and_guides(tmp_path: Path, lora_rank: int | None) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, traits()[:240])))
+    folder = tmp_path / "reward"
+    config = trl.RewardConfig(**settings(folder))
+    rows = read_rows("reward", [file])
+    metrics = train_reward(rows, "stories", config, lora_rank=lora_rank, held_out=0.25)
+    assert metrics["eval_accuracy"] > 0.6
+    judge = load_reward(f"classifier:{folder}?on=response")
+    kind, unkind = judge([Sample("", "I love to help people.", 5), Sample("", "I hate people.", 4)])
+    assert kind > unkind
+    engine = Engine("stories", {"kind": RewardGuide(folder)}, dtype="float32")
+    (output,) = engine.generate(
+        ["I"], ARGS(weight=2.0, k=5), {"kind": 1.0}, SamplingParams(temperature=0, max_tokens=5)
+    )
+    assert len(output.token_ids) == 5
+
+
+def test_dialogue_pairs_are_read_and_trained_on(tmp_path: Path) -> None:
+    source = DATA / "pref_hh_rlhf/harmless-base-test.jsonl.gz"
+    if not source.is_file():
+        pytest.skip(f"the data {source} are absent")
+    few = tmp_path / "few.jsonl.gz"
+    lines = gzip.decompress(source.read_bytes()).splitlines()[:40]
+    few.write_bytes(gzip.compress(b"\n".join(lines)))
+    config = trl.RewardConfig(**settings(tmp_path / "reward", num_train_epochs=1))
+    metrics = train_reward(read_rows("reward", [few]), "stories", config, held_out=0.2)
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    assert (tmp_path / "reward/model.safetensors").is_file()
+
+
+def test_a_policy_is_fine_tuned(tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"The answer is {i % 3}."}) for i in range(64)))
+    config = trl.SFTConfig(**settings(tmp_path / "policy"))
+    metrics = train_sft(read_rows("sft", [file]), "stories", config, held_out=0.2)
+    assert metrics["eval_loss"] < 1.5
+    engine = Engine(tmp_path / "policy", guides={}, dtype="float32")
+    (output,) = engine.generate(
+        ["The answer"], sampling=SamplingParams(temperature=0, max_tokens=4)
+    )
+    assert output.text.startswith(" is")
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no file"):
+        read_rows("reward", [tmp_path / "none.jsonl"])
+    (tmp_path / "rows.jsonl").write_text('{"chosen": "a"}\n')
+    with pytest.raises(ValueError, match="rows have chosen, but no 'rejected'; needed are chosen"):
+        read_rows("reward", [tmp_path / "rows.jsonl"])
+    (tmp_path / "rows.parquet").write_text("")
+    with pytest.raises(ValueError, match="one type at a time"):
+        read_rows("reward", [tmp_path / "rows.jsonl", tmp_path / "rows.parquet"])
