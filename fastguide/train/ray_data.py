@@ -38,7 +38,7 @@ def ray_data() -> Any:
         raise ImportError("this needs Ray: pip install 'fastguide[ray]'") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is told by the driver
     if not ray.is_initialized():
-        ray.init(logging_level="error", log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 
@@ -74,13 +74,10 @@ def collect_with_ray(
     policy = ray.get(ray.remote(num_gpus=gpus)(_policy).remote(str(model), given))
     shards = open_shards(prompts, folder, config, policy)
     of = shards.series[ROLLOUTS]["of"]
-    todo = [
-        {"number": n, "prompts": _pack(shard_prompts(prompts, config, n))}
-        for n in range(of)
-        if not shards.has(ROLLOUTS, n)
-    ]
+    missing = [n for n in range(of) if not shards.has(ROLLOUTS, n)]
+    todo = [{"number": n, "prompts": _pack(shard_prompts(prompts, config, n))} for n in missing]
     done, every = len(prompts) * config.samples_per_prompt, config.samples_per_prompt
-    left = sum(len(_unpack(item["prompts"])) * every for item in todo)
+    left = every * sum(len(shard_prompts(prompts, config, n)) for n in missing)
     for number, table, _ in _stream(
         ray, todo, _Sampler, (str(model), given, config), workers, gpus
     ):
@@ -112,13 +109,10 @@ def label_with_ray(
     spec = reward if isinstance(reward, str) else list(reward)
     shards = label_series(folder, load_reward(spec, device="cpu"), name, max_tokens)
     of = shards.series[name]["of"]
-    todo = [
-        {"number": n, "rollouts": _ipc(shards.read(ROLLOUTS, n))}
-        for n in range(of)
-        if not shards.has(name, n)
-    ]
+    missing = [n for n in range(of) if not shards.has(name, n)]
+    todo = [{"number": n, "rollouts": _ipc(shards.read(ROLLOUTS, n))} for n in missing]
     total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
-    left = sum(_table(item["rollouts"]).num_rows for item in todo)
+    left = sum(shards.series[ROLLOUTS]["shards"][str(n)]["rows"] for n in missing)
     arguments = (spec, device, str(model), max_tokens)
     for number, table, failed in _stream(ray, todo, _Judge, arguments, workers, gpus):
         shards.write(name, number, table, failed=failed)
