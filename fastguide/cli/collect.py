@@ -135,13 +135,13 @@ def label(
 
     A folder may hold several, under names of their own; responses may be cut before (--max-tokens).
     """
+    judges = _rewards(rewards, device, trust_remote_code)
+    if judges is None:
+        raise ValueError("no --reward is given; for example --reward cheerfulness")
     from fastguide import assets
     from fastguide.models.loading import load_tokenizer
     from fastguide.train.shards import Shards
 
-    judges = _rewards(rewards, device, trust_remote_code)
-    if judges is None:
-        raise ValueError("no --reward is given; for example --reward cheerfulness")
     shards = Shards(folder)
     tokenizer = load_tokenizer(model or assets.MODEL, trust_remote_code=trust_remote_code)
     _label(shards, judges, tokenizer, name, max_tokens)

@@ -187,6 +187,7 @@ def _train(
     options: dict[str, Any],
 ) -> None:
     from fastguide.train.guides import KINDS, sweep, train_guide
+    from fastguide.train.shards import Shards
 
     fields = {field.name for field in dataclasses.fields(KINDS[kind].config)}
     given |= dict(_setting(text, fields) for text in extra or [])
@@ -208,7 +209,8 @@ def _train(
 
     if swept:
         grid = dict(_values(text, fields) for text in swept)
-        best, metrics = sweep(kind, out, grid, run)
+        about = f"{Shards(data).digest()} {model} {labels} {held_out} {given} {options}"
+        best, metrics = sweep(kind, out, grid, run, about=about)
         chosen = ", ".join(f"{name} {value}" for name, value in best.items())
         typer.echo(f"best of the sweep: {chosen}")
     else:

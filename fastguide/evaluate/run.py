@@ -16,7 +16,7 @@ from typing import Any
 from fastguide.engine import Engine
 from fastguide.evaluate.judge import Judge, Pair
 from fastguide.evaluate.metrics import Coherence, Estimate, diversity, win_rate
-from fastguide.evaluate.study import Point, Study
+from fastguide.evaluate.study import Point, Study, stamp
 from fastguide.guides import Guide, RewardGuide, ValueGuide
 from fastguide.request import sample_seed
 from fastguide.rewards import Reward, Sample, judge, load_reward
@@ -93,7 +93,8 @@ class Runner:
         return rows
 
     def _sampled(self, point: Point) -> list[Row]:
-        settings = (point.draws, self.study.policy, sorted(self.study.guides.items()))
+        guides = sorted((name, stamp(self.study.guides[name])) for name in point.weights)
+        settings = (point.draws, stamp(self.study.policy), guides)
         identity = repr((*settings, self.study.dtype, list(self.study.prompts)))
         name = f"responses-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
         file = self.folder / name

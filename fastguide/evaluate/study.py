@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastguide.assets import resolve
 from fastguide.config import ARGS, FUDGE, VAS, Plain, Rule
+from fastguide.evaluate.judge import Judge
 from fastguide.request import SamplingParams
 
 RULES: dict[str, type] = {"vas": VAS, "args": ARGS, "fudge": FUDGE, "none": Plain}
 """Rules by their name in a study; ``best-of`` is a method, too."""
 
-METRICS = ("reward", "held_out", "kl", "tokens", "diversity", "coherence", "win_rate", "judged")
+METRICS = ("reward", "kl", "tokens", "diversity", "coherence", "win_rate", "judged")
 """What a point may have estimates of; rewards besides these have the names the study gives them."""
 
 
@@ -90,6 +93,12 @@ class Study:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("a study needs prompts, got none")
+        if taken := sorted(set(self.held_out) & {*METRICS, "prompt", "sample", "text", "seconds"}):
+            raise ValueError(
+                f"a held-out reward is called {taken[0]!r}, which means something else"
+            )
+        if self.judge is not None:
+            Judge(**self.judge)
         names = [point.name for point in self.points]
         for name in names:
             if names.count(name) > 1:
@@ -101,6 +110,20 @@ class Study:
                 if guide not in self.guides:
                     have = ", ".join(self.guides) or "none"
                     raise ValueError(f"{point.name} has guide {guide!r}; the study has {have}")
+
+
+def stamp(path: str | None) -> str:
+    """What tells a model folder from the same folder with other weights; a hub id is itself."""
+    folder = Path(resolve(str(path).removeprefix("reward:"))) if path else None
+    if folder is None or not folder.is_dir():
+        return str(path)
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+    return f"{path} {digest.hexdigest()}"
 
 
 def read_study(file: str | Path) -> Study:

@@ -12,11 +12,11 @@ def quantization(scheme: str) -> Any:
     """A quantization config of transformers: bitsandbytes where it is installed, else torchao.
 
     Args:
-        scheme: ``int8`` or ``int4``, of the weights.
+        scheme: ``int8`` or ``int4``, of the weights; ``int4`` takes bitsandbytes.
 
     Raises:
         ValueError: another scheme.
-        ImportError: neither library is installed.
+        ImportError: no library for it is installed.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"quantization is {scheme!r}; allowed are {', '.join(SCHEMES)}")
@@ -31,11 +31,13 @@ def quantization(scheme: str) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
+    if scheme == "int4":
+        raise ImportError("an int4 backbone needs bitsandbytes: pip install bitsandbytes")
     if find_spec("torchao"):
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig() if scheme == "int8" else Int4WeightOnlyConfig())
+        return TorchAoConfig(Int8WeightOnlyConfig())
     raise ImportError(
-        "a quantized backbone needs bitsandbytes or torchao: pip install 'fastguide[quantize]'"
+        "an int8 backbone needs torchao or bitsandbytes: pip install 'fastguide[quantize]'"
     )

@@ -169,6 +169,8 @@ def sweep(
     folder: str | Path,
     grid: Mapping[str, Sequence[Any]],
     train: Callable[[Path, dict[str, Any]], dict[str, float]],
+    *,
+    about: str = "",
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Train with every combination of a grid, and keep the one with the lowest validation error.
 
@@ -180,6 +182,7 @@ def sweep(
         folder: each run has a folder inside.
         grid: settings by name.
         train: trains into a folder with these settings, and returns validation metrics.
+        about: what else decides the outcome, such as the data; a run of something else is no run.
 
     Returns:
         The best settings and their metrics.
@@ -195,14 +198,16 @@ def sweep(
     for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         name = ",".join(f"{key}={value}" for key, value in settings.items())
-        found = next((r for r in known if r["settings"] == settings), None)
+        same = [r for r in known if (r["settings"], r["about"]) == (settings, about)]
+        found = same[0] if same else None
         if found is None:
             metrics = train(target / name, settings)
             if not {MONTE_CARLO, KINDS[kind].criterion} & set(metrics):
                 raise ValueError("a sweep needs an error to choose by: hold some prompts out")
-            found = {"settings": settings, "folder": name, "metrics": metrics}
+            found = {"settings": settings, "folder": name, "metrics": metrics, "about": about}
+            known.append(found)
+            record.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         results.append(found)
-        record.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     known_by = MONTE_CARLO if MONTE_CARLO in results[0]["metrics"] else KINDS[kind].criterion
     best = min(results, key=lambda result: result["metrics"][known_by])
     for file in (target / best["folder"]).iterdir():

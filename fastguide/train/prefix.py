@@ -57,6 +57,8 @@ class PrefixConfig(TrainingArguments):
         if self.length_pool < 1:
             raise ValueError(f"length_pool must be at least 1, got {self.length_pool}")
         super().__post_init__()
+        if not torch.cuda.is_available():  # else every run begins with a warning
+            self.dataloader_pin_memory = False
 
 
 class Episodes(Dataset):

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastguide import ARGS, VAS
 from fastguide.config import Plain
 from fastguide.evaluate import Runner, read_study
 from fastguide.evaluate.report import table
+from fastguide.evaluate.study import stamp
+from fastguide.models.value import ValueModel
 from fastguide.rewards import Sample, load_reward
 from fastguide.search import expected_best, kl_of_best
 
@@ -65,6 +68,8 @@ def test_prompts_may_lie_in_a_file(study: Path) -> None:
         ("guide: cheerful", "guide: joy", "VAS beta=0 has guide 'joy'; the study has cheerful"),
         ("n: [1, 3]", "n: [1, 9]", "best of 9, but 4 responses are sampled"),
         ("baseline: plain", "baseline: plane", "baseline is 'plane'; there are plain, VAS"),
+        ("sentiment:", "kl:", "a held-out reward is called 'kl', which means something else"),
+        ("dtype: float32", "judge: {url: here, model: m}", "url is 'here'; allowed are http://"),
         ("[0, 4.0]", "[4, 4.0]", "'VAS beta=4' is there 2 times"),
     ],
 )
@@ -132,6 +137,17 @@ def test_a_killed_study_goes_on(
         assert {k: v for k, v in one.items() if k not in timing} == {
             k: v for k, v in other.items() if k not in timing
         }
+
+
+def test_a_guide_that_was_trained_again_is_measured_again(tmp_path: Path) -> None:
+    model = ValueModel.create("stories", lora_rank=2)
+    model.save_pretrained(tmp_path / "guide")
+    before = stamp(str(tmp_path / "guide"))
+    assert stamp(str(tmp_path / "guide")) == before != stamp("cheerful")
+    torch.nn.init.ones_(model.head.bias)
+    model.save_pretrained(tmp_path / "guide")
+    assert stamp(str(tmp_path / "guide")) != before
+    assert stamp("owner/name") == "owner/name"
 
 
 def test_the_command_writes_results_table_and_plots(study: Path, tmp_path: Path) -> None:

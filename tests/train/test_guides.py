@@ -128,6 +128,8 @@ def test_a_sweep_keeps_the_best_and_goes_on(data: Path, tmp_path: Path) -> None:
     assert metrics["eval_mse"] == min(r["metrics"]["eval_mse"] for r in results)
     chosen = GuideConfig.load(tmp_path).training["hyperparameters"]["learning_rate"]
     assert chosen == best["learning_rate"]
+    sweep("value", tmp_path, grid, train, about="other data")
+    assert trained[3:] == [{"learning_rate": 1e-6}, {"learning_rate": 1e-3}]
     with pytest.raises(ValueError, match="hold some prompts out"):
         sweep("value", tmp_path / "other", {"seed": [0]}, lambda folder, options: {})
 
