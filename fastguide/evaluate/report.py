@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,35 @@ def table(results: Sequence[Result]) -> str:
         cells += [f"{work:.3g}", f"{r['seconds_per_response']:.3g}"]
         lines.append(f"| {r['point']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def pooled(runs: Sequence[Sequence[Result]]) -> list[Result]:
+    """One result per point from several runs of a study with other seeds.
+
+    Runs share their prompts, so a pooled interval is that of a run, widened by how much the runs
+    themselves differ: the root of the sum of both squares.
+    """
+    found = []
+    for results in zip(*runs, strict=True):
+        first = dict(results[0])
+        for name, value in first.items():
+            if _is_estimate(value):
+                first[name] = _pooled([result[name] for result in results])
+            elif name in ("policy_flops", "guide_flops", "seconds_per_response"):
+                first[name] = statistics.fmean(result[name] for result in results)
+        found.append(first | {"runs": len(results)})
+    return found
+
+
+def _pooled(estimates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    means = [e["mean"] for e in estimates]
+    within = statistics.fmean(e["ci95"] or 0.0 for e in estimates)
+    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    return {
+        "mean": statistics.fmean(means),
+        "ci95": math.hypot(within, 1.96 * spread / math.sqrt(len(means))),
+        "responses": sum(e["responses"] for e in estimates),
+    }
 
 
 def _is_estimate(value: Any) -> bool:

@@ -1,0 +1,84 @@
+"""Training in two processes: both see every episode once, and end with one set of weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fastguide.models.value import ValueModel
+from fastguide.train.episodes import Episode
+from fastguide.train.value import ValueConfig, ValueTrainer
+
+folder = Path(sys.argv[1])
+episodes = [Episode((0, 5 + i % 7), (300 + i, 7, 9 + i % 5), (-1.0) ** i) for i in range(64)]
+torch.manual_seed(0)
+model = ValueModel.create("stories", lora_rank=2)
+config = ValueConfig(
+    output_dir=str(folder), per_device_train_batch_size=int(sys.argv[2]), num_train_epochs=2,
+    learning_rate=1e-2, max_grad_norm=1e9, use_cpu=True, save_strategy="no", disable_tqdm=True,
+    ema=0.5,
+)
+trainer = ValueTrainer(model, config, episodes, episodes[:21])
+seen = []
+collate = trainer.data_collator
+def counted(rows):
+    seen.extend(int(row.response_ids[0]) for row in rows)
+    return collate(rows)
+trainer.data_collator = counted
+trainer.train()
+metrics = trainer.evaluate()
+trainer.save_model(str(folder / "guide"))
+rank = os.environ.get("RANK", "0")
+state = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+state["seen"] = torch.tensor(sorted(seen))
+state["mse"] = torch.tensor([metrics["eval_mse"]])
+save_file(state, folder / f"rank{rank}.safetensors")
+"""
+
+
+def run(folder: Path, processes: int, batch_size: int) -> None:
+    folder.mkdir()
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    words = [sys.executable, str(script), str(folder), str(batch_size)]
+    if processes > 1:
+        words = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={processes}", *words[1:],
+        ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    run(tmp_path / "one", 1, 16)
+    run(tmp_path / "two", 2, 8)
+    alone = load_file(tmp_path / "one/rank0.safetensors")
+    ranks = [load_file(tmp_path / f"two/rank{r}.safetensors") for r in (0, 1)]
+    weights = [name for name in alone if name not in ("seen", "mse")]
+    for name in weights:
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+    # The 64 episodes of each of two epochs, then 21 for validation.
+    both = sorted(torch.cat([rank["seen"] for rank in ranks]).tolist())
+    assert [both.count(300 + i) for i in range(30, 64)] == [2] * 34
+    # Rows have as many states, so the mean of the processes' means is that of the batch.
+    for name in weights:
+        torch.testing.assert_close(ranks[0][name], alone[name], rtol=1e-3, atol=1e-5)
+    assert ranks[0]["mse"].item() == pytest.approx(alone["mse"].item(), rel=1e-3)
+    assert (tmp_path / "two/guide/guide_config.json").is_file()
