@@ -1,0 +1,218 @@
+"""What the experiments share: responses, training and measuring in parallel, results.
+
+Everything is a job with a folder of its own under ``--work``; what is done there is not done again,
+so a killed experiment continues, and experiments share what they have in common.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "examples/stories"))
+
+from prompts import heldout_prompts, read_stories, training_prompts  # noqa: E402
+
+from fastguide import Engine, SamplingParams  # noqa: E402
+from fastguide.evaluate import Point, Runner, Study  # noqa: E402
+from fastguide.evaluate.report import pooled, table  # noqa: E402
+from fastguide.rewards import load_reward  # noqa: E402
+from fastguide.train.collect import CollectConfig, collect, label, read  # noqa: E402
+from fastguide.train.fudge import FudgeConfig  # noqa: E402
+from fastguide.train.guides import train_guide  # noqa: E402
+from fastguide.train.validation import make_validation  # noqa: E402
+from fastguide.train.value import ValueConfig  # noqa: E402
+
+Job = Callable[[], Any]
+TEMPERATURE = 0.7
+BATCH = 32
+
+
+def options(title: str, **more: int) -> argparse.Namespace:
+    """The command line of an experiment; ``more`` are further numbers with their defaults."""
+    parser = argparse.ArgumentParser(description=title)
+    add = parser.add_argument
+    stories = ROOT.parent / "shared/data/stories"
+    add("--data", type=Path, default=stories, help="folder of train.txt and valid.txt")
+    add("--work", type=Path, default=ROOT / "runs/experiments", help="folder of unfinished work")
+    add("--results", type=Path, default=ROOT / "docs/results", help="folder of the results")
+    numbers = {"prompts": 6000, "judged": 64, "seeds": 3, "processes": os.cpu_count() or 1}
+    for name, default in (numbers | more).items():
+        add(f"--{name}", type=int, default=default, help=f"default {default}")
+    return parser.parse_args()
+
+
+def parallel(jobs: Sequence[Job], processes: int) -> None:
+    """Run all jobs, each in a process with its share of the cores; the longest should come first.
+
+    Several small jobs at once use two cores better than one job on both.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+        for future in [pool.submit(job) for job in jobs]:
+            future.result()
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Says what is going on, and how long it took."""
+    started = time.perf_counter()
+    print(f"{name} …", flush=True)
+    yield
+    print(f"{name}: {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+
+
+# ------------------------------------------------------------------------------- responses
+
+
+def responses(
+    stories: Path, folder: Path, prompts: int, max_tokens: int, rewards: Sequence[str]
+) -> None:
+    """Two unguided responses to each of ``prompts`` openings of stories, judged by ``rewards``.
+
+    The responses to fewer openings are the first of those to more.
+    """
+    engine = Engine("stories", guides={}, max_rows=128)
+    ids = engine.tokenizer(training_prompts(read_stories(stories), prompts, seed=1)).input_ids
+    config = CollectConfig(samples_per_prompt=2, max_tokens=max_tokens, seed=1)
+    collect(engine, ids, folder, config, policy=engine.policy)
+    for reward in rewards:
+        label(folder, load_reward(reward), functools.partial(_text, engine), name=reward)
+
+
+def monte_carlo(
+    stories: Path, folder: Path, prompts: int, max_tokens: int, reward: str, completions: int = 10
+) -> None:
+    """Halves of responses to held-out openings, each finished ``completions`` times and judged."""
+    engine = Engine("stories", guides={}, max_rows=128)
+    ids = engine.tokenizer(heldout_prompts(read_stories(stories), prompts)).input_ids
+    config = CollectConfig(samples_per_prompt=1, max_tokens=max_tokens, seed=2)
+    source = folder.with_name(f"{folder.name}-source")
+    collect(engine, ids, source, config, policy=engine.policy)
+    make_validation(
+        engine,
+        list(read(source)),
+        folder,
+        load_reward(reward),
+        functools.partial(_text, engine),
+        max_tokens=max_tokens,
+        completions=completions,
+        seed=2,
+    )
+
+
+def _text(engine: Engine, ids: Sequence[int]) -> str:
+    return str(engine.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+# -------------------------------------------------------------------------------- training
+
+
+def train(
+    folder: Path,
+    data: Path,
+    labels: str,
+    *,
+    seed: int,
+    kind: str = "value",
+    base: str = "stories",
+    model: dict[str, Any] | None = None,
+    validation: Path | None = None,
+    **config: Any,
+) -> None:
+    """Train a guide into ``folder``, where ``metrics.json`` says what validation found.
+
+    Eager attention, since PyTorch's other implementations are slower to train on a CPU.
+    """
+    if (folder / "metrics.json").is_file():
+        return
+    settings = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": BATCH,
+        "ema": 0.99,
+        "bf16": True,
+        "use_cpu": True,
+        "save_strategy": "epoch",
+        "disable_tqdm": True,
+        "logging_steps": 100,
+        "seed": seed,
+        **config,
+    }
+    how = {"value": ValueConfig, "fudge": FudgeConfig}[kind](output_dir=str(folder), **settings)
+    started = time.perf_counter()
+    metrics = train_guide(
+        kind,
+        data,
+        base,
+        how,
+        labels=labels,
+        validation=validation,
+        attn_implementation="eager",
+        **(model or {}),
+    )
+    metrics["seconds"] = time.perf_counter() - started
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
+def metrics_of(folder: Path) -> dict[str, float]:
+    """What ``train`` wrote."""
+    found: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return found
+
+
+# ------------------------------------------------------------------------------- measuring
+
+
+def sampling(seed: int, max_tokens: int, n: int = 4) -> SamplingParams:
+    """How responses are sampled."""
+    return SamplingParams(temperature=TEMPERATURE, max_tokens=max_tokens, seed=seed, n=n)
+
+
+def sample_points(study: Study, folder: Path, names: Sequence[str]) -> None:
+    """The responses of some points of a study."""
+    runner = Runner(study, folder)
+    for point in study.points:
+        if point.name in names:
+            runner.responses(point)
+
+
+def measure(studies: dict[Path, Study], processes: int) -> list[dict[str, Any]]:
+    """Run studies that differ in their seeds, by folder; their results pooled."""
+    jobs = [
+        (_work(point), functools.partial(sample_points, study, folder, [point.name]))
+        for folder, study in studies.items()
+        for point in study.points
+        if point.best_of == max(p.best_of for p in study.points if p.draws == point.draws)
+    ]
+    jobs.sort(key=lambda job: -job[0])
+    parallel([job for _, job in jobs], processes)
+    return pooled([Runner(study, folder).run() for folder, study in studies.items()])
+
+
+def _work(point: Point) -> float:
+    """Rows that a point scores, roughly."""
+    return point.sampling.n * (1 + sum(1 for w in point.weights.values() if w) * point.rule.k)
+
+
+def write(folder: Path, results: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Record and table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"points": list(results), "torch": torch.__version__, **more}
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table(results), encoding="utf-8")
+    print(table(results))

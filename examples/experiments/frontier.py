@@ -1,0 +1,168 @@
+"""What cheerfulness costs: KL-reward frontiers of VAS, FUDGE, Online FUDGE, ARGS and best-of-N.
+
+    python examples/experiments/frontier.py
+
+The result is in ``docs/results/frontier/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import random
+from pathlib import Path
+from typing import Any
+
+from common import (
+    BATCH,
+    Job,
+    heldout_prompts,
+    measure,
+    options,
+    parallel,
+    read_stories,
+    responses,
+    sampling,
+    stage,
+    train,
+    write,
+)
+
+from fastguide import ARGS, FUDGE, VAS, Engine, SamplingParams
+from fastguide.config import Plain
+from fastguide.evaluate import Point, Study
+from fastguide.evaluate.report import frontier
+from fastguide.train.collect import load_episodes
+from fastguide.train.episodes import Episode
+
+MAX_TOKENS = 128
+REWARD = "cheerfulness"
+BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def main() -> None:
+    """Run all stages; see ``--help``."""
+    asked = options(__doc__ or "")
+    seeds = range(asked.seeds)
+    data = asked.work / f"data-{asked.prompts}"
+    with stage("responses"):
+        responses(asked.data / "train.txt", data, asked.prompts, MAX_TOKENS, [REWARD])
+    with stage("guides"):
+        jobs = [job for seed in seeds for job in trainings(data, asked.work, seed)]
+        parallel(jobs, asked.processes)
+    with stage("measuring"):
+        studies = {asked.work / f"frontier-{s}": study(asked, s) for s in seeds}
+        results = measure(studies, asked.processes)
+    folder = asked.results / "frontier"
+    write(folder, results, seeds=len(seeds), prompts=asked.prompts, judged=asked.judged)
+    frontier(results, folder / "frontier.png", title="Cheerfulness, three seeds")
+    held_out = "Held-out: VADER of the whole text"
+    frontier(results, folder / "frontier-vader.png", y="vader", title=held_out)
+
+
+def guide_folder(work: Path, name: str, seed: int) -> Path:
+    """Where a guide of this experiment is."""
+    return work / f"guides/{name}-{seed}"
+
+
+def trainings(data: Path, work: Path, seed: int) -> list[Job]:
+    """One guide of each kind from the same responses, with the settings that suit VAS."""
+
+    def folder(name: str) -> Path:
+        return guide_folder(work, name, seed)
+
+    same = {"data": data, "labels": REWARD, "seed": seed}
+    return [
+        functools.partial(train, folder("vas"), **same),
+        functools.partial(train, folder("online"), lam=1.0, **same),
+        functools.partial(train, folder("fudge"), kind="fudge", **same),
+        functools.partial(train_reward_model, folder("reward"), data, seed),
+    ]
+
+
+def train_reward_model(folder: Path, data: Path, seed: int) -> None:
+    """A sequence reward model for ARGS, from pairs of responses to one prompt."""
+    if (folder / "config.json").is_file():
+        return
+    import datasets
+    from trl import RewardConfig
+
+    from fastguide.train.preferences import train_reward
+
+    config = RewardConfig(
+        output_dir=str(folder),
+        learning_rate=3e-4,
+        num_train_epochs=2,
+        per_device_train_batch_size=BATCH // 2,  # pairs
+        max_length=256,
+        bf16=True,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    train_reward(datasets.Dataset.from_list(pairs(data, seed)), "stories", config)
+
+
+def pairs(data: Path, seed: int) -> list[dict[str, str]]:
+    """The better and the worse of each two responses."""
+    tokenizer = Engine("stories", guides={}).tokenizer
+
+    def text(episode: Episode) -> str:
+        ids = episode.prompt_ids + episode.response_ids
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    groups: dict[tuple[int, ...], list[Episode]] = {}
+    for episode in load_episodes(data, REWARD)[0]:
+        groups.setdefault(episode.prompt_ids, []).append(episode)
+    rows = []
+    for group in groups.values():
+        for one, other in zip(group[::2], group[1::2], strict=False):
+            if one.reward != other.reward:
+                best, worst = sorted((one, other), key=lambda e: -e.reward)
+                rows.append({"chosen": text(best), "rejected": text(worst)})
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def points(seed: int) -> list[Point]:
+    """All methods at all strengths."""
+    usual, many = sampling(seed, MAX_TOKENS), sampling(seed, MAX_TOKENS, n=max(BEST_OF))
+    greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, seed=seed)
+    found = [Point("policy", {}, Plain(), {}, usual)]
+    for name, guide, betas in (
+        ("VAS", "vas", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
+        ("Online FUDGE", "online", (1.0, 2.0, 4.0, 8.0, 16.0)),
+    ):
+        for beta in betas:
+            found.append(Point(name, {"beta": beta}, VAS(beta=beta), {guide: 1.0}, usual))
+    for weight in (1.0, 2.0, 4.0, 8.0, 16.0):
+        rule = FUDGE(weight=weight)
+        found.append(Point("FUDGE", {"weight": weight}, rule, {"fudge": 1.0}, usual))
+    for weight in (0.25, 0.5, 1.0, 2.0, 4.0):
+        args, reward = ARGS(weight=weight, k=10), {"reward": 1.0}
+        found.append(Point("ARGS, stochastic", {"weight": weight}, args, reward, usual))
+        found.append(Point("ARGS, greedy", {"weight": weight}, args, reward, greedy))
+    return found + [Point("best-of-N", {"n": n}, Plain(), {}, many, best_of=n) for n in BEST_OF]
+
+
+def study(asked: argparse.Namespace, seed: int) -> Study:
+    """The comparison of one seed."""
+    guides: dict[str, Any] = {
+        name: str(guide_folder(asked.work, name, seed)) for name in ("vas", "online", "fudge")
+    }
+    guides["reward"] = f"reward:{guide_folder(asked.work, 'reward', seed)}"
+    return Study(
+        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        points(seed),
+        guides=guides,
+        reward=REWARD,
+        held_out={"vader": "vader"},
+        baseline="policy",
+        max_rows=128,
+    )
+
+
+if __name__ == "__main__":
+    main()
