@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,25 +22,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import EarlyStoppingCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples/stories"))
 
-from prompts import heldout_prompts, read_stories, training_prompts  # noqa: E402
+from prompts import read_stories, training_prompts  # noqa: E402
 
 from fastguide import Engine, SamplingParams  # noqa: E402
 from fastguide.evaluate import Point, Runner, Study  # noqa: E402
 from fastguide.evaluate.report import pooled, table  # noqa: E402
+from fastguide.models.value import ValueModel  # noqa: E402
 from fastguide.rewards import load_reward  # noqa: E402
 from fastguide.train.collect import CollectConfig, collect, label, read  # noqa: E402
 from fastguide.train.fudge import FudgeConfig  # noqa: E402
 from fastguide.train.guides import train_guide  # noqa: E402
-from fastguide.train.validation import make_validation  # noqa: E402
+from fastguide.train.validation import make_validation, validate  # noqa: E402
 from fastguide.train.value import ValueConfig  # noqa: E402
 
 Job = Callable[[], Any]
 TEMPERATURE = 0.7
 BATCH = 32
+METRICS_FILE = "metrics.json"
 
 
 def options(title: str, **more: int) -> argparse.Namespace:
@@ -96,11 +101,11 @@ def responses(
 
 
 def monte_carlo(
-    stories: Path, folder: Path, prompts: int, max_tokens: int, reward: str, completions: int = 10
+    prompts: Sequence[str], folder: Path, max_tokens: int, reward: str, completions: int = 10
 ) -> None:
-    """Halves of responses to held-out openings, each finished ``completions`` times and judged."""
+    """Halves of responses to held-out prompts, each finished ``completions`` times and judged."""
     engine = Engine("stories", guides={}, max_rows=128)
-    ids = engine.tokenizer(heldout_prompts(read_stories(stories), prompts)).input_ids
+    ids = engine.tokenizer(list(prompts)).input_ids
     config = CollectConfig(samples_per_prompt=1, max_tokens=max_tokens, seed=2)
     source = folder.with_name(f"{folder.name}-source")
     collect(engine, ids, source, config, policy=engine.policy)
@@ -132,14 +137,25 @@ def train(
     kind: str = "value",
     base: str = "stories",
     model: dict[str, Any] | None = None,
-    validation: Path | None = None,
+    attention: str = "eager",
+    patience: int | None = None,
     **config: Any,
 ) -> None:
-    """Train a guide into ``folder``, where ``metrics.json`` says what validation found.
+    """Train a guide into ``folder``, where ``METRICS_FILE`` says what validation found.
 
-    Eager attention, since PyTorch's other implementations are slower to train on a CPU.
+    Args:
+        folder: of the guide.
+        data: of the responses.
+        labels: the series of rewards.
+        seed: of weights and order.
+        kind: ``value`` or ``fudge``.
+        base: the backbone.
+        model: options of ``ValueModel.create``.
+        attention: implementation; eager is the fastest to train on a CPU up to about 150 tokens.
+        patience: stop after so many epochs that did not improve, and keep the best.
+        config: of the trainer.
     """
-    if (folder / "metrics.json").is_file():
+    if (folder / METRICS_FILE).is_file():
         return
     settings = {
         "num_train_epochs": 1,
@@ -153,6 +169,15 @@ def train(
         "seed": seed,
         **config,
     }
+    callbacks = []
+    if patience is not None:
+        callbacks = [EarlyStoppingCallback(patience)]
+        settings |= {
+            "eval_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "mse",
+            "greater_is_better": False,
+        }
     how = {"value": ValueConfig, "fudge": FudgeConfig}[kind](output_dir=str(folder), **settings)
     started = time.perf_counter()
     metrics = train_guide(
@@ -161,18 +186,38 @@ def train(
         base,
         how,
         labels=labels,
-        validation=validation,
-        attn_implementation="eager",
+        attn_implementation=attention,
+        callbacks=callbacks,
         **(model or {}),
     )
     metrics["seconds"] = time.perf_counter() - started
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
-def metrics_of(folder: Path) -> dict[str, float]:
-    """What ``train`` wrote."""
-    found: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return found
+def validated(folders: Sequence[Path], halves: Path) -> dict[str, Any]:
+    """Monte-Carlo errors of guides that differ in their seeds, in variances of the reward.
+
+    ``mse`` and ``explained_variance`` are their means, with the mean bounds of the intervals over
+    prefixes; ``seeds`` has the single errors, and ``seconds`` the mean time of training.
+    """
+    found = [validate(ValueModel.from_pretrained(folder).eval(), halves) for folder in folders]
+    seconds = [
+        json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["seconds"]
+        for folder in folders
+    ]
+
+    def mean(name: str) -> dict[str, float]:
+        intervals = [dataclasses.asdict(getattr(one, name)) for one in found]
+        return {key: statistics.fmean(i[key] for i in intervals) for key in intervals[0]}
+
+    return {
+        "mse": mean("mse"),
+        "explained_variance": mean("explained_variance"),
+        "noise": statistics.fmean(one.noise for one in found),
+        "seeds": [one.mse.mean for one in found],
+        "prefixes": found[0].prefixes,
+        "seconds": statistics.fmean(seconds),
+    }
 
 
 # ------------------------------------------------------------------------------- measuring
@@ -209,10 +254,13 @@ def _work(point: Point) -> float:
     return point.sampling.n * (1 + sum(1 for w in point.weights.values() if w) * point.rule.k)
 
 
-def write(folder: Path, results: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Record and table."""
+def write(
+    folder: Path, results: Sequence[dict[str, Any]], asked: argparse.Namespace, **more: Any
+) -> None:
+    """The record, from which ``python docs/refresh_readme.py --tables`` makes the page's tables."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"points": list(results), "torch": torch.__version__, **more}
+    numbers = {key: value for key, value in vars(asked).items() if isinstance(value, int)}
+    setting = numbers | {"temperature": TEMPERATURE, "torch": torch.__version__}
+    record = {"setting": setting, **more, "points": list(results)}
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "table.md").write_text(table(results), encoding="utf-8")
     print(table(results))

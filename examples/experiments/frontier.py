@@ -54,7 +54,7 @@ def main() -> None:
         studies = {asked.work / f"frontier-{s}": study(asked, s) for s in seeds}
         results = measure(studies, asked.processes)
     folder = asked.results / "frontier"
-    write(folder, results, seeds=len(seeds), prompts=asked.prompts, judged=asked.judged)
+    write(folder, results, asked)
     frontier(results, folder / "frontier.png", title="Cheerfulness, three seeds")
     held_out = "Held-out: VADER of the whole text"
     frontier(results, folder / "frontier-vader.png", y="vader", title=held_out)

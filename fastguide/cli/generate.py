@@ -25,6 +25,7 @@ from fastguide.request import GenerationError, SamplingParams
 
 if TYPE_CHECKING:
     from fastguide.engine import Engine
+    from fastguide.search import BestOfN
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Job:
     rule: Rule
     weights: Mapping[str, float] | None
     sampling: SamplingParams
+    search: BestOfN | None = None
 
 
 def generate(
@@ -56,6 +58,8 @@ def generate(
     max_tokens: options.MaxTokens = 128,
     stop: options.Stop = None,
     samples: options.Samples = 1,
+    best_of: options.BestOf = None,
+    rewards: options.SearchRewards = None,
     seed: options.Seed = None,
     stream: options.Stream = False,
     as_json: options.AsJson = False,
@@ -64,6 +68,7 @@ def generate(
     """Continue texts with a language model that guides steer."""
     if stream and as_json:
         raise ValueError("--stream and --json are both given; allowed is one of them")
+    search = _search_of(best_of, rewards, samples, stream, device, trust_remote_code)
     strength = (beta, weight, k, fill, form)
     asked = rule in ("vas", "args", "fudge") or any(value is not None for value in strength)
     default = assets.guides() if asked and rule != "none" and model is None else []
@@ -82,6 +87,7 @@ def generate(
             seed=seed,
             n=samples,
         ),
+        search=search,
     )
     with opened(output) as file:
         printer = Printer(file, job.prompts, samples, as_json)
@@ -96,12 +102,57 @@ def generate(
         if output is not None and Path(output).is_file():
             file.truncate(0)
         try:
-            (_stream if stream else _complete)(engine, job, printer)
+            if search is not None:
+                _search(engine, job, search, printer)
+            else:
+                (_stream if stream else _complete)(engine, job, printer)
         except KeyboardInterrupt:
             printer.report_interrupt()
             raise
     if printer.failed:
         raise typer.Exit(2)
+
+
+def _search_of(
+    n: int | None,
+    rewards: Sequence[str] | None,
+    samples: int,
+    stream: bool,
+    device: str | None,
+    trust_remote_code: bool,
+) -> BestOfN | None:
+    if n is None or not rewards:
+        if n is None and rewards:
+            raise ValueError("--reward is given; allowed with --best-of N")
+        if n is not None:
+            raise ValueError("--best-of needs a judge; for example --reward cheerfulness")
+        return None
+    if stream or samples != 1:
+        other = "--stream" if stream else "--n"
+        raise ValueError(f"--best-of and {other} are both given; allowed is one of them")
+    from fastguide.rewards import load_reward
+    from fastguide.search import BestOfN
+
+    judge = load_reward(rewards, device=device, trust_remote_code=trust_remote_code)
+    return BestOfN(judge, n)
+
+
+def _search(engine: Engine, job: Job, search: BestOfN, printer: Printer) -> None:
+    from fastguide.engine.progress import progress
+    from fastguide.search import best_of_n
+
+    prompts = list(job.prompts)
+    choices = best_of_n(
+        engine, prompts, search, rule=job.rule, weights=job.weights, sampling=job.sampling
+    )
+    try:
+        with progress(len(prompts), wanted=len(prompts) > 1 and not printer.on_terminal) as note:
+            for choice in choices:
+                printer.choose(choice)
+                note(printer.finished)
+    except KeyboardInterrupt:
+        printer.flush()
+        raise
 
 
 def _complete(engine: Engine, job: Job, printer: Printer) -> None:

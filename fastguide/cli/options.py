@@ -97,6 +97,10 @@ Stop = Annotated[
     _option(_SAMPLING, "End before this text; \\n is a line break.", metavar="TEXT"),
 ]
 Samples = Annotated[int, _option(_SAMPLING, "Samples per prompt.", "--n", **_COUNT)]
+BestOf = Annotated[
+    int | None,
+    _option(_SAMPLING, "Sample so many, print the one with the highest --reward.", **_COUNT),
+]
 Seed = Annotated[int | None, _option(_SAMPLING, "Left out: another each time.", **_SEED)]
 
 Stream = Annotated[bool, _option(_OUTPUT, "Print text as it is decoded.", "--stream")]
@@ -118,6 +122,10 @@ Rewards = Annotated[
     ),
 ]
 Labels = Annotated[str, typer.Option("--labels", metavar="NAME", help="Name of the rewards.")]
+SearchRewards = Annotated[
+    list[str] | None,
+    _option(_SAMPLING, "With --best-of: as in collect.", "--reward", metavar="[WEIGHT*]REWARD"),
+]
 JudgedTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", help="Judge the first tokens only.", **_COUNT),

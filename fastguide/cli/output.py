@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
 from fastguide.request import Completion, Piece
+
+if TYPE_CHECKING:
+    from fastguide.search import Choice
 
 
 @contextlib.contextmanager
@@ -66,6 +70,7 @@ class Printer:
         self._headings = len(prompts) > 1 or samples > 1
         self._as_json = as_json
         self._held: dict[tuple[int, int], Completion] = {}
+        self._rewards: dict[int, float | None] = {}
         self._next = (0, 0)
         self.on_terminal = file.isatty()
         self.finished = self.aborted = self.failed = 0
@@ -86,6 +91,17 @@ class Printer:
             self._next = (ready.prompt + 1, 0) if last else (ready.prompt, ready.sample + 1)
             self._print(ready)
 
+    def choose(self, choice: Choice) -> None:
+        """Take the best completion of a prompt, which stands for all its samples."""
+        if choice.best is None:
+            errors = [c for c in choice.completions if c.error is not None]
+            reason = errors[0].error if errors else "no response could be judged"
+            prompt = choice.prompt
+            self.add(Completion(prompt, 0, finish_reason="error", error=reason))
+            return
+        self._rewards[choice.prompt] = choice.reward
+        self.add(dataclasses.replace(choice.best, sample=0))
+
     def flush(self) -> None:
         """Print what still waits for others, which will not come."""
         for key in sorted(self._held):
@@ -94,7 +110,10 @@ class Printer:
 
     def _print(self, completion: Completion) -> None:
         if self._as_json:
-            print(json.dumps(as_dict(completion), ensure_ascii=False), file=self._file, flush=True)
+            fields = as_dict(completion)
+            if completion.prompt in self._rewards:
+                fields["reward"] = self._rewards[completion.prompt]
+            print(json.dumps(fields, ensure_ascii=False), file=self._file, flush=True)
         elif completion.finish_reason != "error":
             self._begin(completion.prompt, completion.sample)
             print(completion.text, file=self._file, flush=True)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastguide.evaluate.metrics import matched
+
 Result = dict[str, Any]
 
 _COLUMNS = {
@@ -39,6 +41,27 @@ def table(results: Sequence[Result]) -> str:
         work = (r["policy_flops"] + r["guide_flops"]) / 1e9
         cells += [f"{work:.3g}", f"{r['seconds_per_response']:.3g}"]
         lines.append(f"| {r['point']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def at_equal_kl(results: Sequence[Result], kls: Sequence[float], *, y: str = "reward") -> str:
+    """A Markdown table of each method's reward at given KLs, by straight lines between its points.
+
+    A cell is empty where a method has no points on both sides.
+    """
+    lines = [
+        "| method | " + " | ".join(f"KL = {kl:g}" for kl in kls) + " |",
+        "| --- |" + " ---: |" * len(kls),
+    ]
+    for method, points in _by_method(results).items():
+        x = [p["kl"]["mean"] for p in points]
+        means, halves = ([p[y][key] or 0.0 for p in points] for key in ("mean", "ci95"))
+        cells = []
+        for kl in kls:
+            mean, half = matched(x, means, at=kl), matched(x, halves, at=kl)
+            cells.append("" if mean is None or half is None else f"{mean:+.3f} ± {half:.3f}")
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

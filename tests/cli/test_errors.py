@@ -10,6 +10,7 @@ import pytest
 
 LONG = "word " * 2000
 GUIDED = ("--guide", "cheerful")
+BEST = ("--best-of", "4", "--reward", "vader")
 
 
 def one_sentence(result) -> str:
@@ -52,6 +53,13 @@ def one_sentence(result) -> str:
         (["generate", "Once", *GUIDED, "--beta", "nan"], "beta is nan; allowed are"),
         (["generate", "Once", "--guide", "cheerful:1e300"], "weight of guide 'cheerful'"),
         (["generate", "Once", "--stream", "--json"], "allowed is one of them"),
+        (["generate", "Once", "--best-of", "4"], "for example --reward cheerfulness"),
+        (["generate", "Once", "--reward", "vader"], "allowed with --best-of N"),
+        (["generate", "Once", *BEST, "--n", "2"], "--best-of and --n are both given"),
+        (["generate", "Once", *BEST, "--stream"], "--best-of and --stream are both given"),
+        (["generate", "Once", *BEST, "--best-of", "0"], "n is 0; allowed are whole numbers from 1"),
+        (["generate", "Once", *BEST, "--reward", "joy"], "reward is 'joy'; allowed are"),
+        (["generate", "Once", *BEST, "--temperature", "0"], "all responses are the same"),
         (["generate", "--input", "./nowhere.txt"], "cannot read prompts from './nowhere.txt'"),
         (["generate", "Once", "--output", "./nowhere/out"], "cannot write to './nowhere/out'"),
         (["generate", "Once", "--output", "/"], "cannot write to '/'"),

@@ -16,6 +16,7 @@ from fastguide.cli.arguments import parse_guides
 from fastguide.cli.loading import load_engine
 from fastguide.cli.output import Printer
 from fastguide.request import Completion
+from fastguide.rewards import Sample, load_reward
 
 SHORT = ("--max-tokens", 8, "--seed", 3)
 SCHEMA = {
@@ -248,3 +249,33 @@ def test_old_results_outlive_a_mistake(run, tmp_path):
     assert file.read_text(encoding="utf-8") == "old"
     assert run(*words).exit_code == 0
     assert "old" not in file.read_text(encoding="utf-8")
+
+
+def test_best_of_n_prints_the_best_of_what_would_be_sampled(run):
+    words = ("generate", "Once upon a time", "The dog", *SHORT, "--json")
+    every = records(run(*words, "--n", 6))
+    chosen = records(run(*words, "--best-of", 6, "--reward", "length", "--reward", "0.1*vader"))
+    reward = load_reward(["length", "0.1*vader"])
+    assert [r["prompt"] for r in chosen] == [0, 1]
+    for found in chosen:
+        rewards = {
+            r["text"]: reward([Sample("", r["text"], len(r["token_ids"]))])[0]
+            for r in every
+            if r["prompt"] == found["prompt"]
+        }
+        assert found["reward"] == max(rewards.values()) == rewards[found["text"]]
+
+
+def test_best_of_n_reports_what_fails_and_keeps_the_rest(run):
+    result = run("generate", "Once", "", *SHORT, "--best-of", 2, "--reward", "vader", "--json")
+    assert result.exit_code == 2
+    assert "the prompt is empty" in result.stderr
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert (first["finish_reason"], second["finish_reason"]) == ("length", "error")
+
+
+def test_best_of_n_says_so_where_no_response_can_be_judged(run):
+    words = ("--best-of", 2, "--reward", "checker:./nowhere-at-all")
+    result = run("generate", "Once", *SHORT, *words)
+    assert result.exit_code == 2
+    assert "no response could be judged" in result.stderr

@@ -1,0 +1,122 @@
+"""Three objectives composed while decoding, against each of them alone.
+
+    python examples/experiments/composition.py
+
+Cheerful, brief, and full of dialogue: guides of the same policy that know nothing of each other.
+The result is in ``docs/results/composition/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from brevity import MAX_TOKENS, TRAINING, data
+from common import (
+    heldout_prompts,
+    measure,
+    options,
+    parallel,
+    read_stories,
+    responses,
+    sampling,
+    stage,
+    train,
+    write,
+)
+from frontier import guide_folder
+
+from fastguide import VAS
+from fastguide.config import Plain
+from fastguide.evaluate import Point, Study
+from fastguide.train.collect import load_episodes
+
+REWARDS = {"cheerful": "cheerfulness", "brief": "brevity", "dialogue": "dialogue:share"}
+BETAS = (4.0, 8.0)
+
+
+def main() -> None:
+    """Run all stages; see ``--help``."""
+    asked = options(__doc__ or "", prompts=3000)
+    seeds = range(asked.seeds)
+    folder = data(asked)
+    specs = list(REWARDS.values())
+    with stage("responses"):
+        responses(asked.data / "train.txt", folder, asked.prompts, MAX_TOKENS, specs)
+    with stage("guides"):
+        parallel(
+            [
+                functools.partial(
+                    train, guide(asked, spec, seed), folder, spec, seed=seed, **TRAINING
+                )
+                for seed in seeds
+                for spec in specs
+            ],
+            asked.processes,
+        )
+    with stage("measuring"):
+        studies = {asked.work / f"composition-{s}": study(asked, s) for s in seeds}
+        results = measure(studies, asked.processes)
+    target = asked.results / "composition"
+    scales = {name: load_episodes(folder, spec)[1].std for name, spec in REWARDS.items()}
+    write(target, results, asked, deviations=scales)
+    draw(results, scales, target / "gains.png")
+
+
+def guide(asked: argparse.Namespace, spec: str, seed: int) -> Path:
+    """The folder of a guide; brevity's is that of its own experiment."""
+    name = spec if spec == "brevity" else f"long-{spec.partition(':')[0]}"
+    return guide_folder(asked.work, name, seed)
+
+
+def study(asked: argparse.Namespace, seed: int) -> Study:
+    """The comparison of one seed."""
+    draws = sampling(seed, MAX_TOKENS, n=2)
+    points = [Point("policy", {}, Plain(), {}, draws)]
+    for size in (1, 2, 3):
+        for names in itertools.combinations(REWARDS, size):
+            weights = dict.fromkeys(names, 1.0)
+            for beta in BETAS:
+                points.append(Point(" + ".join(names), {"beta": beta}, VAS(beta), weights, draws))
+    cheerful, *others = REWARDS.items()
+    return Study(
+        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        points,
+        guides={name: str(guide(asked, spec, seed)) for name, spec in REWARDS.items()},
+        reward=cheerful[1],
+        held_out=dict(others),
+        max_rows=128,
+    )
+
+
+def draw(results: Sequence[dict[str, Any]], scales: dict[str, float], file: Path) -> None:
+    """Each objective's gain over the policy, in standard deviations, at the first beta."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = dict(zip(REWARDS, ("reward", "brief", "dialogue"), strict=True))
+    policy, *others = results
+    shown = [r for r in others if r["setting"]["beta"] == BETAS[0]]
+    figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, (name, column) in enumerate(columns.items()):
+        gains = [(r[column]["mean"] - policy[column]["mean"]) / scales[name] for r in shown]
+        halves = [r[column]["ci95"] / scales[name] for r in shown]
+        where = [j + 0.27 * (i - 1) for j in range(len(shown))]
+        axes.bar(where, gains, 0.25, yerr=halves, capsize=2, label=name)
+    axes.axhline(0.0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(shown)), [r["method"].replace(" + ", "\n+ ") for r in shown])
+    axes.set_xlabel("guides")
+    axes.set_ylabel("gain over the policy, standard deviations")
+    axes.set_title(f"Alone and composed, β = {BETAS[0]:g}")
+    axes.legend(title="objective")
+    figure.savefig(file, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What makes a good guide: how many responses it learns from, and which weights are trained.
+
+    python examples/experiments/guides.py
+
+The result is in ``docs/results/guides/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from common import (
+    METRICS_FILE,
+    Job,
+    heldout_prompts,
+    measure,
+    monte_carlo,
+    options,
+    parallel,
+    read_stories,
+    responses,
+    sampling,
+    stage,
+    train,
+    validated,
+    write,
+)
+from frontier import MAX_TOKENS, REWARD, guide_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastguide import VAS
+from fastguide.assets import resolve
+from fastguide.config import Plain
+from fastguide.evaluate import Point, Study
+from fastguide.evaluate.report import frontier
+
+BETAS = (2.0, 4.0, 8.0)
+SHARES = (8, 3)
+"""Of the prompts: an eighth and a third; the whole is the frontier's guide."""
+RATES = (3e-4, 1e-3, 3e-3)
+KINDS: dict[str, dict[str, Any]] = {
+    "all weights": {"lora_rank": None},
+    "half the layers": {"lora_rank": None},
+    "frozen, linear": {"freeze": True, "head": "linear"},
+    "frozen, mlp": {"freeze": True, "head": "mlp"},
+}
+"""What is trained in place of the LoRA of rank 16."""
+
+
+def main() -> None:
+    """Run all stages; see ``--help``."""
+    asked = options(__doc__ or "", halves=128)
+    seeds = range(asked.seeds)
+    halves = asked.work / f"halves-{asked.halves}"
+    sizes = {
+        f"{2 * asked.prompts // share:,} responses": asked.prompts // share for share in SHARES
+    }
+    with stage("responses"):
+        file = asked.data / "train.txt"
+        parallel(
+            [
+                functools.partial(responses, file, data(asked, n), n, MAX_TOKENS, [REWARD])
+                for n in (asked.prompts, *sizes.values())
+            ],
+            asked.processes,
+        )
+        unseen = heldout_prompts(read_stories(asked.data / "valid.txt"), 10**9)[asked.judged :]
+        monte_carlo(unseen[: asked.halves], halves, MAX_TOKENS, REWARD)
+        make_small(small(asked))
+    with stage("learning rates"):
+        rates = choose_rates(asked, min(sizes.values()))
+    with stage("guides"):
+        jobs: list[Job] = []
+        for seed in seeds:
+            jobs.append(job(asked, "vas", seed, asked.prompts))
+            jobs += [
+                job(
+                    asked,
+                    name,
+                    seed,
+                    n,
+                    num_train_epochs=round(asked.prompts / n),
+                    patience=2,
+                )
+                for name, n in sizes.items()
+            ]
+            jobs += [
+                job(asked, name, seed, asked.prompts, learning_rate=rates[name], model=model)
+                for name, model in KINDS.items()
+            ]
+        parallel(jobs, asked.processes)
+        names = ["vas", *sizes, *KINDS]
+        errors = {
+            name: validated([guide_folder(asked.work, slug(name), s) for s in seeds], halves)
+            for name in names
+        }
+    with stage("measuring"):
+        studies = {asked.work / f"guides-{s}": study(asked, names, s) for s in seeds}
+        results = measure(studies, asked.processes)
+    folder = asked.results / "guides"
+    write(folder, results, asked, errors=errors, learning_rates=rates)
+    whole = [r for r in results if r["method"] in ("policy", "vas")]
+    by_size = [r for r in results if r["method"] in sizes]
+    by_kind = [r for r in results if r["method"] in KINDS]
+    frontier(whole + by_size, folder / "responses.png", title="Responses trained on")
+    frontier(whole + by_kind, folder / "weights.png", title="What is trained")
+
+
+def data(asked: argparse.Namespace, prompts: int) -> Path:
+    """The folder of responses to so many prompts."""
+    return Path(asked.work / f"data-{prompts}")
+
+
+def slug(name: str) -> str:
+    """A name of a folder."""
+    return "-".join(name.replace(",", "").split())
+
+
+def small(asked: argparse.Namespace) -> Path:
+    """The folder of the smaller backbone."""
+    return Path(asked.work / "half")
+
+
+def make_small(folder: Path) -> None:
+    """A smaller backbone: the lower half of the policy's layers."""
+    policy = resolve("stories")
+    model = AutoModelForCausalLM.from_pretrained(policy)
+    model.model.layers = model.model.layers[: model.config.num_hidden_layers // 2]
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+
+
+def job(asked: argparse.Namespace, name: str, seed: int, prompts: int, **how: Any) -> Job:
+    """The training of one guide."""
+    folder = guide_folder(asked.work, slug(name), seed)
+    base = str(small(asked)) if name == "half the layers" else "stories"
+    return functools.partial(
+        train, folder, data(asked, prompts), REWARD, seed=seed, base=base, **how
+    )
+
+
+def choose_rates(asked: argparse.Namespace, prompts: int) -> dict[str, float]:
+    """Each kind's learning rate with the lowest validation error on few responses, one seed."""
+
+    def name(kind: str, rate: float) -> str:
+        return f"{kind} {rate:g}"
+
+    tried = [(kind, rate) for kind in KINDS for rate in RATES]
+    how = {kind: {"model": model} for kind, model in KINDS.items()}
+    base = {"half the layers": str(small(asked))}
+    jobs = [
+        functools.partial(
+            train,
+            guide_folder(asked.work, slug(name(kind, rate)), 0),
+            data(asked, prompts),
+            REWARD,
+            seed=0,
+            base=base.get(kind, "stories"),
+            learning_rate=rate,
+            num_train_epochs=2,
+            **how[kind],
+        )
+        for kind, rate in tried
+    ]
+    parallel(jobs, asked.processes)
+
+    def error(kind: str, rate: float) -> float:
+        file = guide_folder(asked.work, slug(name(kind, rate)), 0) / METRICS_FILE
+        return float(json.loads(file.read_text(encoding="utf-8"))["eval_mse"])
+
+    return {kind: min(RATES, key=lambda rate, k=kind: error(k, rate)) for kind in KINDS}
+
+
+def study(asked: argparse.Namespace, names: list[str], seed: int) -> Study:
+    """The comparison of one seed."""
+    draws = sampling(seed, MAX_TOKENS, n=2)
+    points = [Point("policy", {}, Plain(), {}, draws)]
+    for name in names:
+        for beta in BETAS:
+            rule = VAS(beta=beta)
+            points.append(Point(name, {"beta": beta}, rule, {slug(name): 1.0}, draws))
+    return Study(
+        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        points,
+        guides={slug(n): str(guide_folder(asked.work, slug(n), seed)) for n in names},
+        reward=REWARD,
+        max_rows=128,
+    )
+
+
+if __name__ == "__main__":
+    main()
