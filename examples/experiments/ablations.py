@@ -11,12 +11,12 @@ import argparse
 import functools
 
 from common import (
-    heldout_prompts,
+    held_out,
     measure,
     monte_carlo,
     options,
+    other_held_out,
     parallel,
-    read_stories,
     responses,
     sampling,
     stage,
@@ -45,8 +45,7 @@ def main() -> None:
     data, halves = asked.work / f"data-{asked.prompts}", asked.work / f"halves-{asked.halves}"
     with stage("responses"):
         responses(asked.data / "train.txt", data, asked.prompts, MAX_TOKENS, [REWARD])
-        unseen = heldout_prompts(read_stories(asked.data / "valid.txt"), 10**9)[asked.judged :]
-        monte_carlo(unseen[: asked.halves], halves, MAX_TOKENS, REWARD)
+        monte_carlo(other_held_out(asked), halves, MAX_TOKENS, REWARD)
     with stage("guides"):
         jobs = [
             functools.partial(
@@ -83,7 +82,7 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
     for k in CANDIDATES:
         points.append(Point("k", {"k": k}, VAS(beta=BETA, k=k), {"vas": 1.0}, draws))
     return Study(
-        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        held_out(asked),
         points,
         guides={name: str(guide_folder(asked.work, name, seed)) for name in LAMBDAS},
         reward=REWARD,

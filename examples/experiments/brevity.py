@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    heldout_prompts,
+    held_out,
     measure,
     options,
     parallel,
-    read_stories,
     responses,
     sampling,
     stage,
@@ -73,7 +72,7 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
     points = [Point("VAS", {"beta": 0.0}, Plain(), {}, draws)]
     points += [Point("VAS", {"beta": beta}, VAS(beta=beta), {REWARD: 1.0}, draws) for beta in BETAS]
     return Study(
-        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        held_out(asked),
         points,
         guides={REWARD: str(guide_folder(asked.work, REWARD, seed))},
         reward=REWARD,

@@ -27,7 +27,7 @@ from transformers import EarlyStoppingCallback
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples/stories"))
 
-from prompts import read_stories, training_prompts  # noqa: E402
+from prompts import heldout_prompts, read_stories, training_prompts  # noqa: E402
 
 from fastguide import Engine, SamplingParams  # noqa: E402
 from fastguide.evaluate import Point, Runner, Study  # noqa: E402
@@ -83,6 +83,17 @@ def stage(name: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------- responses
+
+
+def held_out(asked: argparse.Namespace) -> list[str]:
+    """The prompts that studies judge on."""
+    return heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged)
+
+
+def other_held_out(asked: argparse.Namespace) -> list[str]:
+    """As many others as ``--halves`` says, for Monte-Carlo validation."""
+    prompts = heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged + asked.halves)
+    return prompts[asked.judged :]
 
 
 def responses(

@@ -17,11 +17,10 @@ from typing import Any
 
 from brevity import MAX_TOKENS, TRAINING, data
 from common import (
-    heldout_prompts,
+    held_out,
     measure,
     options,
     parallel,
-    read_stories,
     responses,
     sampling,
     stage,
@@ -84,7 +83,7 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
                 points.append(Point(" + ".join(names), {"beta": beta}, VAS(beta), weights, draws))
     cheerful, *others = REWARDS.items()
     return Study(
-        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        held_out(asked),
         points,
         guides={name: str(guide(asked, spec, seed)) for name, spec in REWARDS.items()},
         reward=cheerful[1],

@@ -16,11 +16,10 @@ from typing import Any
 from common import (
     BATCH,
     Job,
-    heldout_prompts,
+    held_out,
     measure,
     options,
     parallel,
-    read_stories,
     responses,
     sampling,
     stage,
@@ -154,7 +153,7 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
     }
     guides["reward"] = f"reward:{guide_folder(asked.work, 'reward', seed)}"
     return Study(
-        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        held_out(asked),
         points(seed),
         guides=guides,
         reward=REWARD,

@@ -16,12 +16,12 @@ from typing import Any
 from common import (
     METRICS_FILE,
     Job,
-    heldout_prompts,
+    held_out,
     measure,
     monte_carlo,
     options,
+    other_held_out,
     parallel,
-    read_stories,
     responses,
     sampling,
     stage,
@@ -68,8 +68,7 @@ def main() -> None:
             ],
             asked.processes,
         )
-        unseen = heldout_prompts(read_stories(asked.data / "valid.txt"), 10**9)[asked.judged :]
-        monte_carlo(unseen[: asked.halves], halves, MAX_TOKENS, REWARD)
+        monte_carlo(other_held_out(asked), halves, MAX_TOKENS, REWARD)
         make_small(small(asked))
     with stage("learning rates"):
         rates = choose_rates(asked, min(sizes.values()))
@@ -185,7 +184,7 @@ def study(asked: argparse.Namespace, names: list[str], seed: int) -> Study:
             rule = VAS(beta=beta)
             points.append(Point(name, {"beta": beta}, rule, {slug(name): 1.0}, draws))
     return Study(
-        heldout_prompts(read_stories(asked.data / "valid.txt"), asked.judged),
+        held_out(asked),
         points,
         guides={slug(n): str(guide_folder(asked.work, slug(n), seed)) for n in names},
         reward=REWARD,

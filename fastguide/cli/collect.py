@@ -70,7 +70,7 @@ def collect(
         shards = collect(
             engine, ids, out, config, policy=engine.policy, on_progress=lambda done, _: note(done)
         )
-    typer.echo(f"{len(ids) * samples} responses of {engine.policy} in {out}")
+    _say_collected(shards)
     if judges is not None:
         _label(shards, judges, engine.tokenizer, name, None)
 
@@ -107,8 +107,9 @@ def _with_ray(
             options=engine,
             on_progress=lambda done, _: note(done),
         )
-    typer.echo(f"{total} responses of {shards.about['policy']} in {out}")
+    _say_collected(shards)
     if rewards:
+        total = _responses(shards)
         with progress(total, wanted=True, what="rewards") as note:
             shards = label_with_ray(
                 out,
@@ -120,6 +121,20 @@ def _with_ray(
                 on_progress=lambda done, _: note(done),
             )
         _say(shards, total, name)
+
+
+def _say_collected(shards: Shards) -> None:
+    from fastguide.train.collect import ROLLOUTS, failures
+
+    failed, rows = failures(shards, ROLLOUTS), _responses(shards)
+    left_out = f"; {failed} of prompts that are empty or too long are left out" if failed else ""
+    typer.echo(f"{rows} responses of {shards.about['policy']} in {shards.folder}{left_out}")
+
+
+def _responses(shards: Shards) -> int:
+    from fastguide.train.collect import ROLLOUTS
+
+    return sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
 
 
 def label(
@@ -159,9 +174,9 @@ def _label(
     max_tokens: int | None,
 ) -> None:
     from fastguide.engine.progress import progress
-    from fastguide.train.collect import ROLLOUTS, label
+    from fastguide.train.collect import label
 
-    total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
+    total = _responses(shards)
     with progress(total, wanted=True, what="rewards") as note:
         shards = label(
             shards.folder,

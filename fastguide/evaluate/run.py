@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastguide import assets
 from fastguide.engine import Engine
 from fastguide.evaluate.judge import Judge, Pair
 from fastguide.evaluate.metrics import Coherence, Estimate, diversity, win_rate
+from fastguide.evaluate.reference import Reference
 from fastguide.evaluate.study import Point, Study, stamp
 from fastguide.guides import Guide, RewardGuide, ValueGuide
-from fastguide.request import sample_seed
+from fastguide.request import Completion, sample_seed
 from fastguide.rewards import Reward, Sample, judge, load_reward
 from fastguide.search import best_weights, kl_of_best
 
@@ -45,22 +47,31 @@ class Runner:
         self.study, self.folder = study, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._told = on_progress or (lambda what, done, of: None)
-        self._engine: Engine | None = None
+        self._engines: dict[str | None, Engine] = {}
+        self._policy: Reference | None = None
         self._rewards: dict[str, Reward] = {}
         self._coherence = Coherence(study.coherence) if study.coherence else None
 
-    @property
-    def engine(self) -> Engine:
-        """Loaded when the first point needs it."""
-        if self._engine is None:
-            self._engine = Engine(
-                self.study.policy,
-                {name: as_guide(path) for name, path in self.study.guides.items()},
+    def engine(self, policy: str | None = None) -> Engine:
+        """The engine of a point's policy, with the guides of its points; loaded when needed."""
+        if policy not in self._engines:
+            points = [point for point in self.study.points if point.policy == policy]
+            used = {guide for point in points for guide in point.weights}
+            self._engines[policy] = Engine(
+                policy or self.study.policy,
+                {n: as_guide(path) for n, path in self.study.guides.items() if n in used},
                 dtype=self.study.dtype,
                 device=self.study.device,
                 max_rows=self.study.max_rows,
             )
-        return self._engine
+        return self._engines[policy]
+
+    def _reference(self) -> Reference:
+        """The study's policy, to tell likelihoods."""
+        if self._policy is None:
+            path = self.study.policy or assets.MODEL
+            self._policy = Reference(path, dtype=self.study.dtype, device=self.study.device)
+        return self._policy
 
     def rewards(self) -> dict[str, Reward]:
         """The guiding reward and those held out."""
@@ -94,8 +105,9 @@ class Runner:
 
     def _sampled(self, point: Point) -> list[Row]:
         guides = sorted((name, stamp(self.study.guides[name])) for name in point.weights)
-        settings = (point.draws, stamp(self.study.policy), guides)
-        identity = repr((*settings, self.study.dtype, list(self.study.prompts)))
+        policies = [stamp(self.study.policy), *([stamp(point.policy)] if point.policy else [])]
+        settings = (point.draws, *policies, guides, self.study.dtype)
+        identity = repr((*settings, list(self.study.prompts)))
         name = f"responses-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
         file = self.folder / name
         if not file.is_file():
@@ -113,10 +125,13 @@ class Runner:
             for i in range(len(prompts))
         ]
         weights = dict(point.weights) or None
+        outputs: list[Completion] = []
         started, rows = time.perf_counter(), []
-        for output in self.engine.completions(prompts, point.rule, weights, sampling):
+        engine = self.engine(point.policy)
+        for output in engine.completions(prompts, point.rule, weights, sampling):
             if output.error is not None:
-                raise ValueError(f"{point.name}, prompt {output.prompt + 1}: {output.error}")
+                raise ValueError(f"{point.name}, prompt {output.prompt}: {output.error}")
+            outputs.append(output)
             rows.append(
                 {
                     "prompt": output.prompt,
@@ -130,6 +145,11 @@ class Runner:
             )
             self._told(point.name, len(rows), len(prompts) * point.sampling.n)
         seconds = time.perf_counter() - started
+        if point.policy is not None:
+            temperature = point.sampling.temperature
+            ratios = self._reference().log_ratios(outputs, prompts, engine.tokenizer, temperature)
+            for row, ratio in zip(rows, ratios, strict=True):
+                row["kl"] = ratio
         for row in rows:  # of the whole call: responses share their passes
             row["seconds"] = seconds / len(rows)
         return sorted(rows, key=lambda row: (row["prompt"], row["sample"]))
@@ -163,7 +183,7 @@ class Runner:
         if best > 1:
             estimates["kl"] = Estimate(kl_of_best(best), 0.0, len(rows))
         else:
-            estimates["kl"] = Estimate.of(_by_prompt(rows, "kl", 1))
+            estimates["kl"] = Estimate.of(_by_prompt(rows, "kl", 1))  # none: another tokenizer
         if against is not None and best == 1:
             ours, theirs = _by_prompt(rows, "reward", 1), _by_prompt(against, "reward", 1)
             estimates["win_rate"] = win_rate(ours, theirs)
@@ -226,7 +246,7 @@ def _by_prompt(rows: Sequence[Row], name: str, best_of: int) -> Mapping[int, lis
 
 def _policy_flops(runner: Runner, point: Point, rows: Sequence[Row]) -> float:
     """Of one answer: 2 per weight and token; the prompt is shared by the samples that compete."""
-    weights = _weights(runner.engine.runner.policy.model)
+    weights = _weights(runner.engine(point.policy).runner.policy.model)
     tokens = statistics.fmean(row["tokens"] for row in rows)
     prompt = statistics.fmean(row["prompt_tokens"] for row in rows)
     return 2.0 * weights * (prompt + point.best_of * tokens)
@@ -238,7 +258,8 @@ def _guide_flops(runner: Runner, point: Point, rows: Sequence[Row]) -> float:
     prompt = statistics.fmean(row["prompt_tokens"] for row in rows)
     total = 0.0
     for name, weight in point.weights.items():
-        decoder = getattr(runner.engine.runner.scorers[name], "decoder", None)
+        scorers = runner.engine(point.policy).runner.scorers
+        decoder = getattr(scorers[name], "decoder", None)
         if weight and decoder is not None:
             total += 2.0 * _weights(decoder.model) * (prompt + point.rule.k * tokens)
     return total

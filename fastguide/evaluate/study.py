@@ -33,6 +33,7 @@ class Point:
         weights: of the guides.
         sampling: temperature and length; its ``n`` is the responses per prompt.
         best_of: how many of them compete; 1 keeps all.
+        policy: path, hub id or packaged name of another policy than the study's; None is that.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Point:
     weights: Mapping[str, float]
     sampling: SamplingParams
     best_of: int = 1
+    policy: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,7 +67,8 @@ class Study:
     Attributes:
         prompts: texts.
         points: all settings of all methods.
-        policy: path, hub id or packaged name; None is the packaged model.
+        policy: path, hub id or packaged name; None is the packaged model. KL is from it, also of
+            points with another policy.
         guides: paths or packaged names, by name; ``reward:PATH`` is a reward model.
         reward: what guides were trained on and best-of-N searches for, as ``load_reward`` reads it.
         held_out: other rewards to report, by name: what the methods do not see.
@@ -167,6 +170,7 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
     if kind not in (*RULES, "best-of"):
         raise ValueError(f"rule is {kind!r}; allowed are {', '.join([*RULES, 'best-of'])}")
     guide = given.pop("guide", None)
+    policy = given.pop("policy", None)
     weights = {guide: 1.0} if isinstance(guide, str) else dict(guide or {})
     sampling = dict(base) | given.pop("sampling", {})
     swept = [key for key, value in given.items() if isinstance(value, list)]
@@ -190,5 +194,5 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
                 f"the method {name or kind!r} takes the best of {best_of}, but {params.n} "
                 "responses are sampled; raise n of its sampling"
             )
-        points.append(Point(name or kind, setting, rule, weights, params, best_of))
+        points.append(Point(name or kind, setting, rule, weights, params, best_of, policy))
     return points

@@ -62,7 +62,8 @@ def collect(
 
     Args:
         engine: its base model is the policy.
-        prompts: token ids of each prompt.
+        prompts: token ids of each prompt; those that are empty or leave no room for a token in
+            the context are left out, and the manifest says how many.
         folder: made if needed.
         config: sampling and shard size.
         policy: a name for the model, kept in the manifest: a folder is not continued with another.
@@ -70,8 +71,10 @@ def collect(
         on_progress: told after each response, those already there included.
 
     Raises:
-        ValueError: when the folder holds rollouts of other prompts, settings or policy.
+        ValueError: when the folder holds rollouts of other prompts, settings or policy, or more
+            than 5 % of the prompts would be left out.
     """
+    check_prompts(prompts, engine.limits.context)
     shards = open_shards(prompts, folder, config, policy)
     most = [config.max_tokens] * len(prompts) if limits is None else list(limits)
     done, of = 0, len(prompts) * config.samples_per_prompt
@@ -84,11 +87,23 @@ def collect(
                 rollouts.append(rollout)
                 if on_progress is not None:
                     on_progress(done + len(rollouts), of)
-            shards.write(ROLLOUTS, number, table_of(rollouts))
+            table, failed = table_of(rollouts), len(chunk) * config.samples_per_prompt
+            shards.write(ROLLOUTS, number, table, failed=failed - table.num_rows)
         done += len(chunk) * config.samples_per_prompt
         if on_progress is not None:
             on_progress(done, of)
     return shards
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Refuse prompts of which more than 5 % cannot be continued; ValueError names the first."""
+    refused = [i for i, prompt in enumerate(prompts) if not 1 <= len(prompt) < context]
+    if len(refused) > MOST_FAILURES * len(prompts):
+        raise ValueError(
+            f"{len(refused)} of {len(prompts)} prompts cannot be continued (allowed are 5 %), "
+            f"first prompt {refused[0]}: it has {len(prompts[refused[0]])} tokens; allowed are "
+            f"1 to {context - 1}"
+        )
 
 
 def open_shards(
@@ -117,7 +132,11 @@ def sample(
     config: CollectConfig,
     limits: Sequence[int],
 ) -> Iterator[Rollout]:
-    """Responses to prompts ``first``, ``first + 1``, …, as they end; ``limits`` are theirs."""
+    """Responses to prompts ``first``, ``first + 1``, …, as they end; ``limits`` are theirs.
+
+    Prompts that cannot be continued get none.
+    """
+    usable = [i for i, prompt in enumerate(prompts) if 1 <= len(prompt) < engine.limits.context]
     sampling = [
         SamplingParams(
             temperature=config.temperature,
@@ -125,15 +144,16 @@ def sample(
             n=config.samples_per_prompt,
             seed=sample_seed(config.seed, first + i + 1),
         )
-        for i in range(len(prompts))
+        for i in usable
     ]
-    for output in engine.completions([list(p) for p in prompts], sampling=sampling):
+    for output in engine.completions([list(prompts[i]) for i in usable], sampling=sampling):
+        index = usable[output.prompt]
         if output.error is not None:
-            raise ValueError(f"prompt {first + output.prompt + 1}: {output.error}")
+            raise ValueError(f"prompt {first + index}: {output.error}")
         yield Rollout(
-            prompt=first + output.prompt,
+            prompt=first + index,
             sample=output.sample,
-            prompt_ids=tuple(prompts[output.prompt]),
+            prompt_ids=tuple(prompts[index]),
             response_ids=tuple(output.token_ids),
             finish_reason=str(output.finish_reason),
         )
@@ -275,8 +295,8 @@ def load_episodes(folder: str | Path, labels: str = "reward") -> tuple[list[Epis
 
 
 def failures(shards: Shards, name: str) -> int:
-    """How many responses a series of rewards leaves out."""
-    return sum(entry["failed"] for entry in shards.series[name]["shards"].values())
+    """How many responses a series leaves out."""
+    return sum(entry.get("failed", 0) for entry in shards.series[name]["shards"].values())
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

@@ -18,6 +18,7 @@ from fastguide.train.collect import (
     ROLLOUTS,
     CollectConfig,
     OnProgress,
+    check_prompts,
     judged,
     label_series,
     open_shards,
@@ -71,18 +72,19 @@ def collect_with_ray(
     """
     ray = ray_data()
     given = dict(options or {}) | ({} if gpus else {"device": "cpu"})
-    policy = ray.get(ray.remote(num_gpus=gpus)(_policy).remote(str(model), given))
+    policy, context = ray.get(ray.remote(num_gpus=gpus)(_policy).remote(str(model), given))
+    check_prompts(prompts, context)
     shards = open_shards(prompts, folder, config, policy)
     of = shards.series[ROLLOUTS]["of"]
     missing = [n for n in range(of) if not shards.has(ROLLOUTS, n)]
     todo = [{"number": n, "prompts": _pack(shard_prompts(prompts, config, n))} for n in missing]
     done, every = len(prompts) * config.samples_per_prompt, config.samples_per_prompt
     left = every * sum(len(shard_prompts(prompts, config, n)) for n in missing)
-    for number, table, _ in _stream(
+    for number, table, failed in _stream(
         ray, todo, _Sampler, (str(model), given, config), workers, gpus
     ):
-        shards.write(ROLLOUTS, number, table)
-        left -= table.num_rows
+        shards.write(ROLLOUTS, number, table, failed=failed)
+        left -= table.num_rows + failed
         if on_progress is not None:
             on_progress(done - left, done)
     return shards
@@ -122,8 +124,9 @@ def label_with_ray(
     return shards
 
 
-def _policy(model: str, options: dict[str, Any]) -> str:
-    return Engine(model, guides={}, **options).policy
+def _policy(model: str, options: dict[str, Any]) -> tuple[str, int]:
+    engine = Engine(model, guides={}, **options)
+    return engine.policy, engine.limits.context
 
 
 class _Sampler:
@@ -138,7 +141,8 @@ class _Sampler:
         first = int(number) * config.shard_prompts
         limits = [config.max_tokens] * len(prompts)
         table = table_of(list(sample(self._engine, prompts, first, config, limits)))
-        return {"number": [int(number)], "table": [_ipc(table)], "failed": [0]}
+        failed = len(prompts) * config.samples_per_prompt - table.num_rows
+        return {"number": [int(number)], "table": [_ipc(table)], "failed": [failed]}
 
 
 class _Judge:
@@ -190,7 +194,7 @@ def _pack(prompts: list[list[int]]) -> str:
 
 
 def _unpack(text: str) -> list[list[int]]:
-    return [[int(token) for token in prompt.split(",")] for prompt in str(text).split(";")]
+    return [[int(t) for t in prompt.split(",") if t] for prompt in str(text).split(";")]
 
 
 def _ipc(table: Any) -> bytes:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastguide import ARGS, VAS
+from fastguide import ARGS, VAS, Engine, SamplingParams
+from fastguide.assets import packaged
 from fastguide.config import Plain
-from fastguide.evaluate import Runner, read_study
+from fastguide.evaluate import Point, Runner, Study, read_study
 from fastguide.evaluate.report import table
 from fastguide.evaluate.study import stamp
 from fastguide.models.value import ValueModel
+from fastguide.request import Completion
 from fastguide.rewards import Sample, load_reward
 from fastguide.search import expected_best, kl_of_best
 
@@ -175,3 +181,64 @@ def test_the_command_writes_results_table_and_plots(study: Path, tmp_path: Path)
 def test_rules_of_a_study_are_those_of_the_engine(study: Path) -> None:
     study.write_text(STUDY.replace("rule: vas", "rule: args").replace("beta:", "weight:"))
     assert read_study(study).points[2].rule == ARGS(weight=4.0, k=8)
+
+
+def test_another_policy_is_compared_by_its_distance_from_the_first(tmp_path: Path) -> None:
+    """A policy beside itself has no distance; another one has what its distributions differ by."""
+    other = tmp_path / "other"
+    shutil.copytree(packaged("stories"), other)
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.3)  # as if it were sampled at temperature / 1.3
+    model.save_pretrained(other)
+    sampling = SamplingParams(temperature=0.7, max_tokens=4, n=1024, seed=0)
+    cooler = SamplingParams(temperature=0.7 / 1.3, max_tokens=4, n=1024, seed=0)
+    points = [
+        Point("policy", {}, Plain(), {}, sampling),
+        Point("same", {}, VAS(beta=40.0, k=8), {"cheerful": 1.0}, sampling, policy="stories"),
+        Point("guided", {}, VAS(beta=40.0, k=8), {"cheerful": 1.0}, sampling),
+        Point("other", {}, Plain(), {}, sampling, policy=str(other)),
+        Point("cooler", {}, Plain(), {}, cooler),
+    ]
+    study = Study(["Once"], points, guides={"cheerful": "cheerful"}, dtype="float32")
+    runner = Runner(study, tmp_path / "study")
+    rows = {point.name: runner.responses(point) for point in points}
+    assert [r["text"] for r in rows["same"]] == [r["text"] for r in rows["guided"]]
+    assert [r["text"] for r in rows["other"]] == [r["text"] for r in rows["cooler"]]
+    outputs = Engine(str(other), {}, dtype="float32").generate("Once", sampling=sampling)
+    exact = {
+        "same": statistics.fmean(r["kl"] for r in rows["guided"]),
+        "other": statistics.fmean(tempering(model, o, temperature=0.7, by=1.3) for o in outputs),
+    }
+    for name, mean in exact.items():
+        ratios = [r["kl"] for r in rows[name]]
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5
+        assert statistics.fmean(ratios) == pytest.approx(mean, abs=4 * error)
+        assert error < mean / 4  # else the line above could hardly fail
+
+
+@torch.inference_mode()
+def tempering(model: Any, output: Completion, *, temperature: float, by: float) -> float:
+    """The exact KL, along a response to "Once", from the model with its logits over ``by``."""
+    tokens = AutoTokenizer.from_pretrained(packaged("stories"))("Once").input_ids
+    ids = torch.tensor([[*tokens, *output.token_ids]])
+    logits = model(ids).logits[0, len(tokens) - 1 : -1] / temperature
+    ours, theirs = logits.log_softmax(-1), (logits / by).log_softmax(-1)
+    return (ours.exp() * (ours - theirs)).sum().item()
+
+
+def test_policies_with_other_tokenizers_have_no_distance(tmp_path: Path) -> None:
+    other = Path("../shared/models/stories260k")
+    if not other.is_dir():
+        pytest.skip("shared/models is absent")
+    sampling = SamplingParams(temperature=0.7, max_tokens=4, n=2, seed=0)
+    point = Point("other", {}, Plain(), {}, sampling, policy=str(other))
+    study = Study(["Once", "Tom"], [point], reward="length")
+    (result,) = Runner(study, tmp_path).run()
+    assert "| other | +4.000 |" in table([result])
+    assert math.isnan(result["kl"]["mean"])
+
+
+def test_a_method_may_name_its_policy(study: Path) -> None:
+    study.write_text(STUDY.replace("{name: plain, rule: none}", "{name: plain, policy: stories}"))
+    assert read_study(study).points[0].policy == "stories"

@@ -63,6 +63,29 @@ def test_every_prompt_gets_its_samples_in_order(whole: Path) -> None:
     assert rollouts[0].response_ids != rollouts[6].response_ids
 
 
+def test_prompts_that_cannot_be_continued_are_left_out(engine: Engine, tmp_path: Path) -> None:
+    """Their neighbours' responses are those they have without them."""
+    long, full = [5] * 1024, [5] * 1023
+    prompts = [[0, 424], long, full, *([0, 323 + i] for i in range(57))]
+    config = CollectConfig(samples_per_prompt=2, max_tokens=3, shard_prompts=2, seed=3)
+    shards = collect(engine, prompts, tmp_path / "all", config, policy="stories")
+    found = list(read(shards.folder))
+    assert [r.prompt for r in found[::2]] == [0, *range(2, 60)]
+    assert failures(shards, "rollouts") == 2
+    assert [(len(r.response_ids), r.finish_reason) for r in found[2:4]] == [(1, "length")] * 2
+    alone = collect(engine, prompts[:1], tmp_path / "alone", config, policy="stories")
+    assert list(read(alone.folder)) == found[:2]
+    label(shards.folder, load_reward("length"), lambda ids: "x" * len(ids))
+    assert len(load_episodes(shards.folder)[0]) == 118
+
+
+def test_a_collection_of_unusable_prompts_does_not_begin(engine: Engine, tmp_path: Path) -> None:
+    said = "1 of 2 prompts cannot be continued .* first prompt 1: it has 0 tokens; allowed are 1 to"
+    with pytest.raises(ValueError, match=said):
+        collect(engine, [[0, 424], []], tmp_path / "data", CONFIG, policy="stories")
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("responses", [0, 1, 4, 7, 9])
 def test_kill_and_resume_equals_an_uninterrupted_run(
     engine: Engine, whole: Path, tmp_path: Path, responses: int

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastguide.models.value import ValueModel
-from fastguide.train.episodes import Episode, bucketed
+from fastguide.train.episodes import Episode, Rollout, bucketed, episodes_of
 from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes
 from fastguide.train.value import ValueConfig, ValueTrainer
 
@@ -120,6 +122,112 @@ def test_heads_and_whole_backbones_train_and_come_back(tmp_path: Path, options: 
     torch.testing.assert_close(loaded(ids), model.eval()(ids), rtol=1e-5, atol=1e-5)
     files = {file.name for file in (tmp_path / "guide").iterdir()}
     assert ("model.safetensors" in files) == (options.get("lora_rank", 0) is None)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_any_rewards_and_lengths_train(tmp_path: Path, bf16: bool, ema: float | None) -> None:
+    """Rewards of ±1e4; responses that are empty, of one token, and as long as the context."""
+    rng = random.Random(0)
+
+    def response(length: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1, 2048) for _ in range(length))
+
+    lengths = [0, 1, 1023, 5, 5, 0, 1, 7]
+    episodes = [
+        Episode((0,), response(n), 1e4 if i % 2 else -1e4) for i, n in enumerate(lengths)
+    ] * 2  # each prompt and response twice
+    config = ValueConfig(
+        **settings(
+            tmp_path,
+            bf16=bf16,
+            ema=ema,
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+            logging_steps=1,
+        )
+    )
+    model = make_model()
+    trainer = ValueTrainer(model, config, episodes, episodes[:8])
+    before = trainer.evaluate()["eval_mse"]
+    assert before == pytest.approx(1e8)
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 4
+    assert all(map(math.isfinite, logged))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert math.isfinite(trainer.evaluate()["eval_mse"])
+
+
+def test_rewards_of_ten_thousand_are_learnt(tmp_path: Path) -> None:
+    """In standard units, as every reward."""
+    raw = make_episodes(192, 0)
+    rollouts = [Rollout(i, 0, e.prompt_ids, e.response_ids, "stop") for i, e in enumerate(raw)]
+    episodes, scale = episodes_of(rollouts, [1e4 * e.reward for e in raw], "huge")
+    assert scale.std == pytest.approx(1e4, rel=0.05)
+    trainer = ValueTrainer(make_model(), ValueConfig(**settings(tmp_path)), episodes, episodes)
+    trainer.train()
+    assert trainer.evaluate()["eval_explained_variance"] > 0.5
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    episodes = [Episode((0, i), (300 + i, 5, 9), float(i % 3)) for i in range(16)]
+    weights = []
+    for size, steps in ((16, 1), (4, 4)):
+        model = make_model()
+        with torch.no_grad():
+            next(model.head.parameters()).normal_()
+        config = ValueConfig(
+            **settings(
+                tmp_path / str(size),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=steps,
+                max_steps=2,
+            )
+        )
+        ValueTrainer(model, config, episodes).train()
+        weights.append([p.detach() for p in model.parameters() if p.requires_grad])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+    """The training set contradicts the validation set, so the first evaluation is the best."""
+    train, valid = make_episodes(64, 0), make_episodes(32, 1)
+    valid = [dataclasses.replace(e, reward=-e.reward) for e in valid]
+    config = ValueConfig(
+        **settings(
+            tmp_path,
+            ema=0.9,
+            num_train_epochs=8,
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            load_best_model_at_end=True,
+            metric_for_best_model="mse",
+            greater_is_better=False,
+        )
+    )
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = ValueTrainer(make_model(), config, train, valid, callbacks=[stopping])
+    trainer.train()
+    errors = [e["eval_mse"] for e in trainer.state.log_history if "eval_mse" in e]
+    assert trainer.state.global_step == 4 * 3 < 4 * 8
+    assert errors[0] == min(errors) < errors[-1]
+    assert trainer.evaluate()["eval_mse"] == pytest.approx(errors[0], rel=1e-6)
+
+
+def test_metrics_go_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    config = ValueConfig(
+        **settings(tmp_path, max_steps=2, logging_steps=1, report_to="tensorboard")
+    )
+    trainer = ValueTrainer(make_model(), config, make_episodes(32, 0), make_episodes(16, 1))
+    trainer.train()
+    trainer.evaluate()
+    log = events.EventAccumulator(str(tmp_path / "logs"))
+    log.Reload()
+    assert {"train/loss", "eval/mse", "eval/explained_variance"} <= set(log.Tags()["scalars"])
 
 
 def test_a_classifier_learns_the_attribute(tmp_path: Path) -> None:
