@@ -14,7 +14,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 def bench(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(help="ops: each kernel; engine: whole decode steps.")],
+    what: Annotated[
+        str, typer.Argument(help="ops: each kernel; engine: decode steps; train: training steps.")
+    ],
 ) -> None:
     """Time fastguide beside what anyone would use instead.
 
