@@ -13,8 +13,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import (
     BATCH,
+    TEMPERATURE,
     Job,
     held_out,
     measure,
@@ -26,16 +28,20 @@ from common import (
     train,
     write,
 )
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastguide import ARGS, FUDGE, VAS, Engine, SamplingParams
+from fastguide.assets import resolve
 from fastguide.config import Plain
-from fastguide.evaluate import Point, Study
+from fastguide.evaluate import Point, Runner, Study
 from fastguide.evaluate.report import frontier
 from fastguide.train.collect import load_episodes
 from fastguide.train.episodes import Episode
 
 MAX_TOKENS = 128
 REWARD = "cheerfulness"
+MASS = 0.95
+"""Of the policy's distribution, that candidates must hold."""
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -52,8 +58,11 @@ def main() -> None:
     with stage("measuring"):
         studies = {asked.work / f"frontier-{s}": study(asked, s) for s in seeds}
         results = measure(studies, asked.processes)
+    with stage("candidates"):
+        where, first = next(iter(studies.items()))
+        needed = {p.name: candidates(p, first, where) for p in first.points if p.method == "VAS"}
     folder = asked.results / "frontier"
-    write(folder, results, asked)
+    write(folder, results, asked, mass=MASS, candidates=needed)
     frontier(results, folder / "frontier.png", title="Cheerfulness, three seeds")
     held_out = "Held-out: VADER of the whole text"
     frontier(results, folder / "frontier-vader.png", y="vader", title=held_out)
@@ -161,6 +170,26 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
         baseline="policy",
         max_rows=128,
     )
+
+
+@torch.inference_mode()
+def candidates(point: Point, study: Study, folder: Path) -> float:
+    """How many of a step's k candidates hold ``MASS`` of the policy's distribution, on average.
+
+    So many would be scored if each step scored no more than it needs.
+    """
+    model = AutoModelForCausalLM.from_pretrained(resolve("stories"), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(resolve("stories"))
+    total = tokens = 0
+    for row in Runner(study, folder).responses(point):
+        prompt = tokenizer(study.prompts[row["prompt"]]).input_ids
+        ids = tokenizer(row["text"], add_special_tokens=False).input_ids
+        if ids:
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+            mass = (logits / TEMPERATURE).softmax(-1).topk(point.rule.k).values.cumsum(-1)
+            total += int((1 + (mass < MASS).sum(-1)).clamp(max=point.rule.k).sum())
+            tokens += len(ids)
+    return total / tokens
 
 
 if __name__ == "__main__":
