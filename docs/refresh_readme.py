@@ -1,4 +1,4 @@
-"""Put the demo's real output and the measured tables into README.md and docs/kernels.md.
+"""Put the demo's real output and the measured tables into README.md and the pages of docs/.
 
     python docs/refresh_readme.py            # everything
     python docs/refresh_readme.py --tables   # only what comes from committed records
@@ -9,6 +9,7 @@ A block of a page between ``<!-- NAME -->`` and ``<!-- /NAME -->`` is replaced a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -16,13 +17,18 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from fastguide.evaluate.report import at_equal_kl, table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 KERNELS = ROOT / "docs/kernels.md"
 QUALITY = ROOT / "docs/results/stories.json"
 SPEED = ROOT / "benchmarks/results"
+EXPERIMENTS = ROOT / "docs/results"
 
 
 def demo() -> str:
@@ -117,12 +123,138 @@ def ops() -> str:
     return "\n".join(lines).rstrip()
 
 
+def training() -> str:
+    """Training steps beside a plain trainer's, from the training benchmark's records."""
+    lines = [
+        "| device | case | fastguide, ms | / language model | / token classifier |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for path in sorted(SPEED.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("benchmark") != "train":
+            continue
+        device = record["environment"]["device"]
+        for r in record["results"]:
+            ratios = [
+                r[f"over {other}"]["median"] for other in ("language model", "token classifier")
+            ]
+            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            lines.append(f"| {device} | {r['case']} | {r['fastguide']['ms']:.0f} | {cells} |")
+    return "\n".join(lines)
+
+
+def experiment(name: str) -> dict[str, Any]:
+    """The record of an experiment."""
+    file = EXPERIMENTS / name / "results.json"
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return record
+
+
+def points(name: str) -> str:
+    """Everything measured."""
+    return table(experiment(name)["points"])
+
+
+def equal_kl(name: str, kls: tuple[float, ...], y: str = "reward") -> str:
+    """Methods side by side."""
+    return at_equal_kl(experiment(name)["points"], kls, y=y)
+
+
+def equal_reward() -> str:
+    """For each N, the weakest VAS that has at least the reward of best-of-N, and what both cost."""
+    record = experiment("frontier")
+    found = [r for r in record["points"] if r["method"] == "VAS"]
+    lines = [
+        "| best of | reward | KL | GFLOP | s | VAS | reward | KL | GFLOP | needed | s |",
+        "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for other in (r for r in record["points"] if r["method"] == "best-of-N"):
+        best = [r for r in found if r["reward"]["mean"] >= other["reward"]["mean"]]
+        cells = ["none", "", "", "", "", ""]
+        if best:
+            ours = min(best, key=lambda r: r["kl"]["mean"])
+            share = record["candidates"][ours["point"]] / record["k"]
+            needed = (ours["policy_flops"] + share * ours["guide_flops"]) / 1e9
+            cells = [f"β = {ours['setting']['beta']:g}", *_costs(ours)]
+            cells.insert(4, f"{needed:.3g}")
+        lines.append(f"| {other['setting']['n']} | {' | '.join([*_costs(other), *cells])} |")
+    return "\n".join(lines)
+
+
+def _costs(result: dict[str, Any]) -> list[str]:
+    work = (result["policy_flops"] + result["guide_flops"]) / 1e9
+    reward = f"{result['reward']['mean']:+.3f} ± {result['reward']['ci95']:.3f}"
+    seconds = f"{result['seconds_per_response']:.3g}"
+    return [reward, f"{result['kl']['mean']:.2f}", f"{work:.3g}", seconds]
+
+
+def errors(name: str) -> str:
+    """Monte-Carlo errors of guides, and the seconds that training took."""
+    lines = [
+        "| guide | MSE | seeds | explained variance | training, s |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    record = experiment(name)["errors"]
+    for guide, e in record.items():
+        seeds = ", ".join(f"{x:.3f}" for x in e["seeds"])
+        mse, explained = e["mse"], e["explained_variance"]
+        lines.append(
+            f"| {guide} | {mse['mean']:.3f} ({mse['low']:.3f} to {mse['high']:.3f}) | {seeds} "
+            f"| {explained['mean']:.0%} ({explained['low']:.0%} to {explained['high']:.0%}) "
+            f"| {e['seconds']:.0f} |"
+        )
+    noise = next(iter(record.values()))["noise"]
+    prefixes = next(iter(record.values()))["prefixes"]
+    lines += ["", f"{prefixes} prefixes; the labels' own noise is {noise:.3f} of each error."]
+    return "\n".join(lines)
+
+
+def accuracies() -> str:
+    """How often reward models prefer the chosen text of held-out pairs."""
+    lines = ["| pairs | accuracy |", "| --- | ---: |"]
+    for name, e in experiment("preferences")["accuracies"].items():
+        lines.append(f"| {name} | {e['mean']:.1%} ± {e['ci95']:.1%} |")
+    return "\n".join(lines)
+
+
 def _mean(estimate: dict[str, float], form: str) -> str:
     value = round(estimate["mean"], 6) + 0.0  # + 0.0 turns -0.0 into 0.0
     return f"{value:{form}} ± {estimate['ci95']:{form.lstrip('+')}}"
 
 
-TABLES = {"quality": (README, quality), "speed": (README, speed), "ops": (KERNELS, ops)}
+TRAIN = ROOT / "docs/train.md"
+KLS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "quality": (README, quality),
+    "speed": (README, speed),
+    "ops": (KERNELS, ops),
+    "training": (TRAIN, training),
+}
+BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
+    "frontier": {
+        "equal-kl": functools.partial(equal_kl, "frontier", KLS),
+        "equal-kl-vader": functools.partial(equal_kl, "frontier", KLS, "vader"),
+        "equal-reward": equal_reward,
+    },
+    "ablations": {
+        "errors": functools.partial(errors, "ablations"),
+        "equal-kl": functools.partial(equal_kl, "ablations", KLS),
+    },
+    "guides": {
+        "errors": functools.partial(errors, "guides"),
+        "equal-kl": functools.partial(equal_kl, "guides", (0.5, 1.0, 2.0, 4.0)),
+    },
+    "brevity": {},
+    "composition": {},
+    "preferences": {"accuracies": accuracies},
+}
+"""The blocks of each experiment's page, beside that of all points."""
+
+for _name, _blocks in BLOCKS.items():
+    _page = EXPERIMENTS / _name / "README.md"
+    if _page.is_file():
+        TABLES[f"{_name}-points"] = (_page, functools.partial(points, _name))
+        TABLES |= {f"{_name}-{block}": (_page, make) for block, make in _blocks.items()}
 
 
 def replaced(text: str, name: str, block: str) -> str:

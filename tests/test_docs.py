@@ -124,7 +124,7 @@ def test_the_tree_lists_real_files() -> None:
             parent = ROOT / entry
 
 
-@pytest.mark.parametrize("name", ["quality", "speed", "ops"])
+@pytest.mark.parametrize("name", script("docs/refresh_readme.py").TABLES)
 def test_tables_are_those_of_the_records(refresh: ModuleType, name: str) -> None:
     """``python docs/refresh_readme.py --tables`` makes them current."""
     page, table = refresh.TABLES[name]

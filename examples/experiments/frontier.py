@@ -62,7 +62,8 @@ def main() -> None:
         where, first = next(iter(studies.items()))
         needed = {p.name: candidates(p, first, where) for p in first.points if p.method == "VAS"}
     folder = asked.results / "frontier"
-    write(folder, results, asked, mass=MASS, candidates=needed)
+    k = VAS().k
+    write(folder, results, asked, mass=MASS, k=k, candidates=needed)
     frontier(results, folder / "frontier.png", title="Cheerfulness, three seeds")
     held_out = "Held-out: VADER of the whole text"
     frontier(results, folder / "frontier-vader.png", y="vader", title=held_out)
