@@ -101,7 +101,7 @@ def train_reward_model(folder: Path, data: Path, seed: int) -> None:
     config = RewardConfig(
         output_dir=str(folder),
         learning_rate=3e-4,
-        num_train_epochs=2,
+        num_train_epochs=1,
         per_device_train_batch_size=BATCH // 2,  # pairs
         max_length=256,
         bf16=True,
@@ -111,7 +111,8 @@ def train_reward_model(folder: Path, data: Path, seed: int) -> None:
         disable_tqdm=True,
         seed=seed,
     )
-    train_reward(datasets.Dataset.from_list(pairs(data, seed)), "stories", config)
+    rows = datasets.Dataset.from_list(pairs(data, seed))
+    train_reward(rows, "stories", config, attn_implementation="eager")
 
 
 def pairs(data: Path, seed: int) -> list[dict[str, str]]:

@@ -151,7 +151,7 @@ def reward_model(asked: argparse.Namespace, name: str, role: str, seed: int) -> 
 
     rows = datasets.Dataset.from_list(halves(asked, name)[role])
     config = RewardConfig(**settings(where, name, seed))
-    metrics = train_reward(rows, "stories", config, held_out=0.2)
+    metrics = train_reward(rows, "stories", config, held_out=0.2, attn_implementation="eager")
     (where / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
@@ -167,7 +167,9 @@ def fine_tune(asked: argparse.Namespace, name: str) -> None:
 
     texts = [{"text": pair[side]} for pair in pairs(asked, name) for side in pair]
     config = SFTConfig(**settings(where, name, 0))
-    metrics = train_sft(datasets.Dataset.from_list(texts), "stories", config)
+    metrics = train_sft(
+        datasets.Dataset.from_list(texts), "stories", config, attn_implementation="eager"
+    )
     (where / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 

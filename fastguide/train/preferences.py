@@ -64,6 +64,7 @@ def train_reward(
     *,
     lora_rank: int | None = None,
     held_out: float = 0.05,
+    attn_implementation: str | None = None,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, float]:
     """Train a reward model on pairs, into ``config.output_dir``.
@@ -74,6 +75,7 @@ def train_reward(
         config: ``trl.RewardConfig``.
         lora_rank: train a LoRA of that rank, merged at the end; None trains all weights.
         held_out: share of the pairs for validation.
+        attn_implementation: as in transformers; None leaves the choice to it.
         callbacks: of transformers' ``Trainer``.
 
     Returns:
@@ -86,7 +88,11 @@ def train_reward(
     with warnings.catch_warnings():  # the head is new: that is the point
         warnings.simplefilter("ignore")
         model = AutoModelForSequenceClassification.from_pretrained(
-            where, num_labels=1, dtype="float32", use_safetensors=True
+            where,
+            num_labels=1,
+            dtype="float32",
+            use_safetensors=True,
+            attn_implementation=attn_implementation,
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     trainer = trl().RewardTrainer(
@@ -107,6 +113,7 @@ def train_sft(
     *,
     lora_rank: int | None = None,
     held_out: float = 0.05,
+    attn_implementation: str | None = None,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, float]:
     """Fine-tune a policy on texts, into ``config.output_dir``; see ``train_reward``.
@@ -117,7 +124,9 @@ def train_sft(
 
     tokenizer, where = load_tokenizer(base), resolve(base)
     _pad(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype="float32", use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype="float32", use_safetensors=True, attn_implementation=attn_implementation
+    )
     trainer = trl().SFTTrainer(
         model=model,
         args=config,
