@@ -56,8 +56,12 @@ def evaluate(
     text = table(results)
     (folder / "table.md").write_text(text, encoding="utf-8")
     typer.echo(text, nl=False)
+    for result in results:
+        if result["failed"]:
+            typer.echo(f"{result['point']}: {result['failed']} rewards are missing", err=True)
     if plots:
         for name in ("reward", *compared.held_out):
             frontier(results, folder / f"frontier-{name}.png", y=name)
-        for setting in dict.fromkeys(key for result in results for key in result["setting"]):
+        varied = [(k, v) for result in results for k, v in result["setting"].items()]
+        for setting in dict.fromkeys(key for key, value in varied if not isinstance(value, str)):
             sweep(results, setting, folder / f"sweep-{setting}.png")

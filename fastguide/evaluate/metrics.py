@@ -21,21 +21,28 @@ class Estimate:
     prompts' means.
     """
 
-    mean: float
+    mean: float | None
+    """None where nothing was measured."""
     ci95: float | None
     """None with one prompt: nothing is known of the spread."""
     responses: int
 
     @classmethod
-    def of(cls, by_prompt: Mapping[int, Sequence[float]]) -> Estimate:
-        """From the numbers of each prompt's responses; prompts weigh alike."""
+    def of(
+        cls, by_prompt: Mapping[int, Sequence[float]], *, responses: int | None = None
+    ) -> Estimate:
+        """From the numbers of each prompt's responses; prompts weigh alike.
+
+        ``responses`` says how many they are where these numbers are means already.
+        """
         means = [statistics.fmean(values) for values in by_prompt.values() if values]
         if not means:
-            return cls(math.nan, None, 0)
+            return cls(None, None, 0)
         half = None
         if len(means) > 1:
             half = 1.96 * statistics.stdev(means) / math.sqrt(len(means))
-        return cls(statistics.fmean(means), half, sum(map(len, by_prompt.values())))
+        count = sum(map(len, by_prompt.values())) if responses is None else responses
+        return cls(statistics.fmean(means), half, count)
 
 
 def repetition(text: str, n: int) -> float:
@@ -111,15 +118,24 @@ class Coherence:
 
 
 def win_rate(
-    ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]
+    ours: Mapping[int, Sequence[tuple[float, float]]],
+    theirs: Mapping[int, Sequence[tuple[float, float]]],
 ) -> Estimate:
-    """How often a response of ours has the higher reward, over all pairs of a prompt; ties half."""
+    """How often our answer has the higher reward; ties half.
+
+    Args:
+        ours: by prompt, (probability, reward) of each response that may be the answer.
+        theirs: likewise.
+    """
     return Estimate.of(
         {
-            prompt: [(a > b) + 0.5 * (a == b) for a in values for b in theirs[prompt]]
-            for prompt, values in ours.items()
+            prompt: [
+                sum(p * q * ((a > b) + 0.5 * (a == b)) for p, a in group for q, b in theirs[prompt])
+            ]
+            for prompt, group in ours.items()
             if prompt in theirs
-        }
+        },
+        responses=sum(map(len, ours.values())),
     )
 
 

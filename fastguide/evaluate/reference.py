@@ -36,6 +36,8 @@ class Reference:
         prompts: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
         temperature: float,
+        *,
+        greedy: bool = False,
     ) -> list[float | None]:
         """``log p(response | prompt)`` under what sampled it less that under this policy, in nats.
 
@@ -43,10 +45,11 @@ class Reference:
         guides or policy sampled them; a single one may be below zero.
 
         Args:
-            completions: sampled at ``temperature``.
+            completions: what was sampled.
             prompts: of the call that they are from.
             tokenizer: of what sampled them.
-            temperature: also of this policy; 0 means 1 here.
+            temperature: of this policy, above 0.
+            greedy: they were not drawn: each had probability 1, and the ratio is the exact KL.
 
         Returns:
             One for each completion; None where tokenizers differ, so that there is no such ratio.
@@ -60,8 +63,8 @@ class Reference:
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             rows = [(texts[completions[i].prompt], completions[i].token_ids) for i in chosen]
-            for i, ours in zip(chosen, self._likelihoods(rows, temperature or 1.0), strict=True):
-                found[i] = sum(completions[i].logprobs) - ours
+            for i, ours in zip(chosen, self._likelihoods(rows, temperature), strict=True):
+                found[i] = (0.0 if greedy else sum(completions[i].logprobs)) - ours
         return found
 
     @torch.inference_mode()

@@ -6,12 +6,16 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from fastguide.evaluate.metrics import matched
 
 Result = dict[str, Any]
+
+COSTS = ("policy_flops", "guide_flops", "judge_flops", "seconds_per_response")
+"""What a result says an answer takes."""
 
 _COLUMNS = {
     "reward": ("reward", "{:+.3f}"),
@@ -38,7 +42,7 @@ def table(results: Sequence[Result]) -> str:
     ]
     for r in results:
         cells = [_cell(r.get(name), form) for name, (_, form) in columns.items()]
-        work = (r["policy_flops"] + r["guide_flops"]) / 1e9
+        work = sum(r[name] for name in COSTS if name.endswith("flops")) / 1e9
         cells += [f"{work:.3g}", f"{r['seconds_per_response']:.3g}"]
         lines.append(f"| {r['point']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -54,6 +58,7 @@ def at_equal_kl(results: Sequence[Result], kls: Sequence[float], *, y: str = "re
         "| --- |" + " ---: |" * len(kls),
     ]
     for method, points in _by_method(results).items():
+        points = _measured(points, "kl", y)
         x = [p["kl"]["mean"] for p in points]
         means, halves = ([p[y][key] or 0.0 for p in points] for key in ("mean", "ci95"))
         cells = []
@@ -77,14 +82,16 @@ def pooled(runs: Sequence[Sequence[Result]]) -> list[Result]:
         for name, value in first.items():
             if _is_estimate(value):
                 first[name] = _pooled([result[name] for result in results])
-            elif name in ("policy_flops", "guide_flops", "seconds_per_response"):
+            elif name in COSTS:
                 first[name] = statistics.fmean(result[name] for result in results)
         found.append(first | {"runs": len(results)})
     return found
 
 
 def _pooled(estimates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    means = [e["mean"] for e in estimates]
+    means = [e["mean"] for e in estimates if e["mean"] is not None]
+    if not means:
+        return dict(estimates[0])
     within = statistics.fmean(e["ci95"] or 0.0 for e in estimates)
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     return {
@@ -99,7 +106,7 @@ def _is_estimate(value: Any) -> bool:
 
 
 def _cell(estimate: Mapping[str, Any] | None, form: str) -> str:
-    if estimate is None or math.isnan(estimate["mean"]):
+    if estimate is None or estimate["mean"] is None:
         return ""
     mean = form.format(estimate["mean"])
     if not estimate["ci95"]:
@@ -113,7 +120,7 @@ def frontier(
     """KL against a reward, a line with its 95 % band per method."""
     axes, figure = _axes()
     for method, points in _by_method(results).items():
-        points = sorted((p for p in points if y in p), key=lambda p: p["kl"]["mean"])
+        points = sorted(_measured(points, "kl", y), key=lambda p: p["kl"]["mean"])
         if points:
             _line(axes, [p["kl"]["mean"] for p in points], [p[y] for p in points], method)
     axes.set_xscale("symlog", linthresh=1.0)
@@ -127,14 +134,17 @@ def sweep(
     axes, figure = _axes()
     for method, points in _by_method(results).items():
         points = sorted(
-            (p for p in points if setting in p["setting"] and y in p),
-            key=lambda p: float(p["setting"][setting]),
+            (p for p in _measured(points, y) if isinstance(p["setting"].get(setting), Real)),
+            key=lambda p: p["setting"][setting],
         )
         if points:
-            _line(
-                axes, [float(p["setting"][setting]) for p in points], [p[y] for p in points], method
-            )
+            _line(axes, [p["setting"][setting] for p in points], [p[y] for p in points], method)
     _finish(figure, axes, setting, y, title, file)
+
+
+def _measured(points: Sequence[Result], *names: str) -> list[Result]:
+    """Those that have estimates of all these."""
+    return [p for p in points if all(n in p and p[n]["mean"] is not None for n in names)]
 
 
 def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -1,4 +1,4 @@
-"""Runs a study: samples, judges, and writes results, table and responses; continues if killed."""
+"""Runs a study: samples, judges, and writes results and responses; continues if killed."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import dataclasses
 import hashlib
 import json
 import os
-import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastguide import assets
 from fastguide.engine import Engine
+from fastguide.evaluate import estimates
+from fastguide.evaluate.estimates import Row
 from fastguide.evaluate.judge import Judge, Pair
-from fastguide.evaluate.metrics import Coherence, Estimate, diversity, win_rate
+from fastguide.evaluate.metrics import Coherence, Estimate, diversity
 from fastguide.evaluate.reference import Reference
-from fastguide.evaluate.study import Point, Study, stamp
+from fastguide.evaluate.study import Point, Study, stamp, stamp_reward
 from fastguide.guides import Guide, RewardGuide, ValueGuide
 from fastguide.request import Completion, sample_seed
-from fastguide.rewards import Reward, Sample, judge, load_reward
-from fastguide.search import best_weights, kl_of_best
+from fastguide.rewards import Reward, Sample, judge_most, load_reward
 
 RESULTS_FILE = "results.json"
-Row = dict[str, Any]
-"""One response: prompt, sample, text, tokens, kl, seconds, rewards by name, and so on."""
+FORMAT_VERSION = 2
+WARM_UP = 2
+"""Tokens that are sampled before the clock starts."""
 
 
 class Runner:
@@ -66,13 +66,6 @@ class Runner:
             )
         return self._engines[policy]
 
-    def _reference(self) -> Reference:
-        """The study's policy, to tell likelihoods."""
-        if self._policy is None:
-            path = self.study.policy or assets.MODEL
-            self._policy = Reference(path, dtype=self.study.dtype, device=self.study.device)
-        return self._policy
-
     def rewards(self) -> dict[str, Reward]:
         """The guiding reward and those held out."""
         if not self._rewards:
@@ -83,39 +76,50 @@ class Runner:
         return self._rewards
 
     def run(self) -> list[dict[str, Any]]:
-        """All points' results, which are also in ``results.json``."""
+        """All points' results, which are also in ``results.json``.
+
+        Raises:
+            ValueError: more than 5 % of a point's responses cannot be judged.
+        """
         results: list[dict[str, Any]] = []
         baseline = next((p for p in self.study.points if p.name == self.study.baseline), None)
-        against = None if baseline is None else self.responses(baseline)
         for done, point in enumerate(self.study.points):
             self._told("points", done, len(self.study.points))
-            rows = self.responses(point)
-            results.append(self.result(point, rows, None if point is baseline else against))
-            self._write(RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+            results.append(self.result(point, None if point is baseline else baseline))
+            self._write(RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
         self._told("points", len(results), len(results))
         return results
 
     # ------------------------------------------------------------------------------ responses
 
     def responses(self, point: Point) -> list[Row]:
-        """The judged responses of a point, sampled if they are not there."""
-        rows = self._sampled(point)
-        self._judge(rows)
+        """The judged responses of a point; what of them is in the folder is not made again."""
+        rows, measures = self._read(point) or (self._sample(point), {})
+        known = dict(measures)
+        self._judge(point, rows, measures)
+        if measures != known:
+            self._keep(point, rows, measures)
         return rows
 
-    def _sampled(self, point: Point) -> list[Row]:
-        guides = sorted((name, stamp(self.study.guides[name])) for name in point.weights)
-        policies = [stamp(self.study.policy), *([stamp(point.policy)] if point.policy else [])]
-        settings = (point.draws, *policies, guides, self.study.dtype)
-        identity = repr((*settings, list(self.study.prompts)))
-        name = f"responses-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
-        file = self.folder / name
+    def _file(self, point: Point) -> str:
+        """Named by everything that the responses depend on."""
+        study = self.study
+        guides = sorted((name, stamp(study.guides[name])) for name in point.weights)
+        policies = [stamp(study.policy), *([stamp(point.policy)] if point.policy else [])]
+        settings = (FORMAT_VERSION, point.draws, *policies, guides, study.dtype, study.temperature)
+        identity = repr((*settings, list(study.prompts)))
+        return f"responses-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+
+    def _read(self, point: Point) -> tuple[list[Row], dict[str, str]] | None:
+        file = self.folder / self._file(point)
         if not file.is_file():
-            rows = self._sample(point)
-            self._judge(rows)
-            self._write(name, json.dumps(rows))
-        found: list[Row] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+            return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found["rows"], found["measures"]
+
+    def _keep(self, point: Point, rows: list[Row], measures: dict[str, str]) -> None:
+        """The rows, and by which reward or model each of their measures was made."""
+        self._write(self._file(point), json.dumps({"measures": measures, "rows": rows}))
 
     def _sample(self, point: Point) -> list[Row]:
         prompts = list(self.study.prompts)
@@ -124,97 +128,132 @@ class Runner:
             dataclasses.replace(point.sampling, seed=sample_seed(seed, i + 1))
             for i in range(len(prompts))
         ]
-        weights = dict(point.weights) or None
+        weights, engine = dict(point.weights) or None, self.engine(point.policy)
+        warm_up = dataclasses.replace(point.sampling, n=1, max_tokens=WARM_UP)
+        list(engine.completions(prompts[:1], point.rule, weights, warm_up))
         outputs: list[Completion] = []
-        started, rows = time.perf_counter(), []
-        engine = self.engine(point.policy)
+        started = time.perf_counter()
         for output in engine.completions(prompts, point.rule, weights, sampling):
             if output.error is not None:
                 raise ValueError(f"{point.name}, prompt {output.prompt}: {output.error}")
             outputs.append(output)
-            rows.append(
-                {
-                    "prompt": output.prompt,
-                    "sample": output.sample,
-                    "text": output.text,
-                    "tokens": len(output.token_ids),
-                    "prompt_tokens": output.prompt_tokens,
-                    "finish_reason": output.finish_reason,
-                    "kl": sum(output.kl),
-                }
-            )
-            self._told(point.name, len(rows), len(prompts) * point.sampling.n)
+            self._told(point.name, len(outputs), len(prompts) * point.sampling.n)
         seconds = time.perf_counter() - started
-        if point.policy is not None:
-            temperature = point.sampling.temperature
-            ratios = self._reference().log_ratios(outputs, prompts, engine.tokenizer, temperature)
+        outputs.sort(key=lambda output: (output.prompt, output.sample))
+        rows = [
+            {
+                "prompt": output.prompt,
+                "sample": output.sample,
+                "text": output.text,
+                "tokens": len(output.token_ids),
+                "prompt_tokens": output.prompt_tokens,
+                "finish_reason": output.finish_reason,
+                "kl": sum(output.kl),
+                "log_ratio": sum(output.logprobs) - sum(output.base_logprobs),
+                "seconds": seconds / len(outputs),  # of the whole call: they share their passes
+                "diversity": diversity(output.text),
+            }
+            for output in outputs
+        ]
+        if point.policy is not None or point.sampling.temperature != self.study.temperature:
+            ratios = self._reference().log_ratios(
+                outputs,
+                prompts,
+                engine.tokenizer,
+                self.study.temperature,
+                greedy=point.sampling.temperature == 0,
+            )
             for row, ratio in zip(rows, ratios, strict=True):
-                row["kl"] = ratio
-        for row in rows:  # of the whole call: responses share their passes
-            row["seconds"] = seconds / len(rows)
-        return sorted(rows, key=lambda row: (row["prompt"], row["sample"]))
+                row["kl"] = row["log_ratio"] = ratio
+        return rows
 
-    def _judge(self, rows: list[Row]) -> None:
-        """Add the rewards that are missing, and what else is measured of texts."""
+    def _reference(self) -> Reference:
+        """The study's policy, to tell likelihoods."""
+        if self._policy is None:
+            path = self.study.policy or assets.MODEL
+            self._policy = Reference(path, dtype=self.study.dtype, device=self.study.device)
+        return self._policy
+
+    def _judge(self, point: Point, rows: list[Row], measures: dict[str, str]) -> None:
+        """Add what is missing, or was measured by something else."""
         samples = [Sample(self.study.prompts[r["prompt"]], r["text"], r["tokens"]) for r in rows]
+        specs = {"reward": self.study.reward, **self.study.held_out}
         for name, reward in self.rewards().items():
-            if rows and (name not in rows[0] or rows[0].get(f"{name} by") != reward.name):
-                for row, value in zip(rows, judge(reward, samples)[0], strict=True):
-                    row[name], row[f"{name} by"] = value, reward.name
-        if self._coherence is not None and rows and "coherence" not in rows[0]:
-            prompts = [s.prompt for s in samples]
-            cosines = self._coherence(prompts, [s.response for s in samples])
-            for row, cosine in zip(rows, cosines, strict=True):
-                row["coherence"] = cosine
+            if measures.get(name) != (by := stamp_reward(specs[name])):
+                started = time.perf_counter()
+                values, _ = judge_most(reward, samples, lambda i: _where(point, rows[i]))
+                seconds = (time.perf_counter() - started) / len(rows)
+                for row, value in zip(rows, values, strict=True):
+                    row[name] = value
+                    if name == "reward":
+                        row["judge_seconds"] = seconds
+                measures[name] = by
+        if self._coherence is not None:
+            by = stamp(self.study.coherence)
+            if measures.get("coherence") != by:
+                prompts, texts = [s.prompt for s in samples], [s.response for s in samples]
+                for row, cosine in zip(rows, self._coherence(prompts, texts), strict=True):
+                    row["coherence"] = cosine
+                measures["coherence"] = by
 
     # -------------------------------------------------------------------------------- results
 
-    def result(self, point: Point, rows: list[Row], against: list[Row] | None) -> dict[str, Any]:
-        """Estimates of everything measured of a point."""
-        best = point.best_of
-        estimates: dict[str, Estimate] = {}
+    def result(self, point: Point, baseline: Point | None) -> dict[str, Any]:
+        """Estimates of everything measured of a point; ``baseline`` is for win rates."""
+        rows = self.responses(point)
+        ours = estimates.shares(rows, point.best_of)
         names = [*self.rewards(), *(["coherence"] if self._coherence else [])]
-        for name in names:
-            estimates[name] = Estimate.of(_by_prompt(rows, name, best))
-        for row in rows:
-            row.setdefault("diversity", diversity(row["text"]))
-        for name in ("tokens", "diversity"):
-            estimates[name] = Estimate.of(_by_prompt(rows, name, best))
-        if best > 1:
-            estimates["kl"] = Estimate(kl_of_best(best), 0.0, len(rows))
-        else:
-            estimates["kl"] = Estimate.of(_by_prompt(rows, "kl", 1))  # none: another tokenizer
-        if against is not None and best == 1:
-            ours, theirs = _by_prompt(rows, "reward", 1), _by_prompt(against, "reward", 1)
-            estimates["win_rate"] = win_rate(ours, theirs)
+        found = {name: estimates.mean(ours, name) for name in (*names, "tokens", "diversity")}
+        found["kl"] = estimates.kl(ours, point.best_of)
+        if baseline is not None:
+            against = self.responses(baseline)
+            found["win_rate"] = estimates.wins(ours, estimates.shares(against, baseline.best_of))
             if self.study.judge is not None:
-                estimates["judged"] = self._judged(rows, against)
-        tokens = sum(row["tokens"] for row in rows)
-        seconds = sum(row["seconds"] for row in rows)
+                found["judged"] = self._judged(point, rows, baseline, against)
+        scorers = self.engine(point.policy).runner.scorers
+        used = [scorers[name] for name, weight in point.weights.items() if weight]
+        costs = estimates.costs(
+            rows,
+            point.best_of,
+            estimates.weights_of(self.engine(point.policy).runner.policy.model),
+            [estimates.weights_of(s.decoder.model) for s in used if hasattr(s, "decoder")],
+            point.rule.k,
+            getattr(self.rewards()["reward"], "weights", 0),
+        )
         return {
             "point": point.name,
             "method": point.method,
             "setting": dict(point.setting),
-            "policy_flops": _policy_flops(self, point, rows),
-            "guide_flops": _guide_flops(self, point, rows),
-            "tokens_per_second": tokens / seconds / best if seconds else None,
-            "seconds_per_response": best * seconds / len(rows),
+            **dict(costs),
+            "failed": sum(row[name] is None for row in rows for name in self.rewards()),
             "example": rows[0]["text"],
-            **{name: dataclasses.asdict(e) for name, e in estimates.items()},
+            **{name: dataclasses.asdict(estimate) for name, estimate in found.items()},
         }
 
-    def _judged(self, rows: list[Row], against: list[Row]) -> Estimate:
-        """The share of prompts' first responses that a language model prefers to the baseline's."""
+    def _judged(
+        self, point: Point, rows: list[Row], baseline: Point, against: list[Row]
+    ) -> Estimate:
+        """The share of prompts whose answer a language model prefers to the baseline's."""
         assert self.study.judge is not None
-        theirs = {row["prompt"]: row["text"] for row in against if row["sample"] == 0}
-        ours = [row for row in rows if row["sample"] == 0 and row["prompt"] in theirs]
+        ours = estimates.answers(rows, point.best_of)
+        theirs = estimates.answers(against, baseline.best_of)
+        asked = sorted(ours.keys() & theirs.keys())
         pairs = [
-            Pair(self.study.prompts[row["prompt"]], row["text"], theirs[row["prompt"]])
-            for row in ours
+            Pair(self.study.prompts[prompt], ours[prompt]["text"], theirs[prompt]["text"])
+            for prompt in asked
         ]
-        wins = Judge(**self.study.judge).wins(pairs)
-        judged = zip(ours, wins, strict=True)
-        return Estimate.of({row["prompt"]: [win] for row, win in judged if win is not None})
+        identity = json.dumps([dict(self.study.judge), pairs], sort_keys=True)
+        name = f"judged-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+        file = self.folder / name
+        if not file.is_file():
+            told = len(pairs)
+            wins = Judge(**self.study.judge).wins(
+                pairs, lambda done: self._told(f"{point.name}, judged", done, told)
+            )
+            self._write(name, json.dumps(wins))
+        wins = json.loads(file.read_text(encoding="utf-8"))
+        judged = zip(asked, wins, strict=True)
+        return Estimate.of({prompt: [win] for prompt, win in judged if win is not None})
 
     def _write(self, name: str, text: str) -> None:
         part = self.folder / f"{name}.part"
@@ -228,47 +267,5 @@ def as_guide(path: str) -> Guide:
     return RewardGuide(rest) if colon and kind == "reward" else ValueGuide(path)
 
 
-def _by_prompt(rows: Sequence[Row], name: str, best_of: int) -> Mapping[int, list[float]]:
-    """A number of each response, by prompt; with best-of-N its expectation for the winner."""
-    groups: dict[int, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row[name] is not None and row["reward"] is not None:
-            groups[row["prompt"]].append(row)
-    if best_of == 1:
-        return {prompt: [row[name] for row in group] for prompt, group in groups.items()}
-    found = {}
-    for prompt, group in groups.items():
-        ranked = sorted(group, key=lambda row: row["reward"])
-        shares = best_weights(len(ranked), min(best_of, len(ranked)))
-        found[prompt] = [sum(s * row[name] for s, row in zip(shares, ranked, strict=True))]
-    return found
-
-
-def _policy_flops(runner: Runner, point: Point, rows: Sequence[Row]) -> float:
-    """Of one answer: 2 per weight and token; the prompt is shared by the samples that compete."""
-    weights = _weights(runner.engine(point.policy).runner.policy.model)
-    tokens = statistics.fmean(row["tokens"] for row in rows)
-    prompt = statistics.fmean(row["prompt_tokens"] for row in rows)
-    return 2.0 * weights * (prompt + point.best_of * tokens)
-
-
-def _guide_flops(runner: Runner, point: Point, rows: Sequence[Row]) -> float:
-    """Of one answer: the prompt once, and k rows for every token."""
-    tokens = statistics.fmean(row["tokens"] for row in rows)
-    prompt = statistics.fmean(row["prompt_tokens"] for row in rows)
-    total = 0.0
-    for name, weight in point.weights.items():
-        scorers = runner.engine(point.policy).runner.scorers
-        decoder = getattr(scorers[name], "decoder", None)
-        if weight and decoder is not None:
-            total += 2.0 * _weights(decoder.model) * (prompt + point.rule.k * tokens)
-    return total
-
-
-def _weights(model: Any) -> int:
-    """Weights that a token is multiplied with: all but looked-up embeddings."""
-    every = sum(p.numel() for p in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    tied = head is not None and head.weight is embedding
-    return every - (0 if tied else embedding.numel())
+def _where(point: Point, row: Row) -> str:
+    return f"{point.name}, prompt {row['prompt']}, sample {row['sample']}"

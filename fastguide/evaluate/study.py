@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,9 @@ from fastguide.assets import resolve
 from fastguide.config import ARGS, FUDGE, VAS, Plain, Rule
 from fastguide.evaluate.judge import Judge
 from fastguide.request import SamplingParams
+
+TAKEN = ("prompt", "sample", "text", "seconds", "prompt_tokens", "finish_reason", "log_ratio")
+"""Names of a response's other fields."""
 
 RULES: dict[str, type] = {"vas": VAS, "args": ARGS, "fudge": FUDGE, "none": Plain}
 """Rules by their name in a study; ``best-of`` is a method, too."""
@@ -93,10 +98,17 @@ class Study:
     device: str | None = None
     max_rows: int = 64
 
+    @property
+    def temperature(self) -> float:
+        """Of the policy that KL is from: the baseline's, else the first above 0 of the points'."""
+        ordered = sorted(self.points, key=lambda point: point.name != self.baseline)
+        above = [p.sampling.temperature for p in ordered if p.sampling.temperature > 0]
+        return above[0] if above else 1.0
+
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("a study needs prompts, got none")
-        if taken := sorted(set(self.held_out) & {*METRICS, "prompt", "sample", "text", "seconds"}):
+        if taken := sorted(set(self.held_out) & {*METRICS, *TAKEN}):
             raise ValueError(
                 f"a held-out reward is called {taken[0]!r}, which means something else"
             )
@@ -127,6 +139,26 @@ def stamp(path: str | None) -> str:
         with file.open("rb") as stream:
             digest.update(stream.read(2**20))
     return f"{path} {digest.hexdigest()}"
+
+
+def stamp_reward(spec: str | Sequence[str]) -> str:
+    """What tells a reward from one of the same name: a classifier's weights, a module's text."""
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    return " + ".join(_stamp_part(text) for text in specs)
+
+
+def _stamp_part(text: str) -> str:
+    _, _, rest = text.rpartition("*") if "*" in text.partition(":")[0] else ("", "", text)
+    kind, _, where = rest.partition(":")
+    if kind == "classifier":
+        path = where if Path(where).exists() else where.rpartition("?")[0] or where
+        return f"{text} {stamp(path)}"
+    if where and kind not in ("regex", "checker"):
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(kind)
+            if found is not None and found.origin is not None and Path(found.origin).is_file():
+                return f"{text} {hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()}"
+    return text
 
 
 def read_study(file: str | Path) -> Study:

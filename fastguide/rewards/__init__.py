@@ -1,6 +1,14 @@
 """Rewards: what judges a finished response; guides are trained on them and measured by them."""
 
-from fastguide.rewards.base import Failure, Reward, Sample, WeightedSum, judge
+from fastguide.rewards.base import (
+    MOST_FAILURES,
+    Failure,
+    Reward,
+    Sample,
+    WeightedSum,
+    judge,
+    judge_most,
+)
 from fastguide.rewards.load import KINDS, REWARDS, load_reward
 from fastguide.rewards.text import (
     CheckerReward,
@@ -15,6 +23,7 @@ from fastguide.rewards.text import (
 
 __all__ = [
     "KINDS",
+    "MOST_FAILURES",
     "REWARDS",
     "CheckerReward",
     "ClassifierReward",
@@ -28,6 +37,7 @@ __all__ = [
     "WeightedSum",
     "cheerfulness",
     "judge",
+    "judge_most",
     "load_reward",
     "sentences",
     "vader",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -104,6 +104,33 @@ def judge(reward: Reward, samples: Sequence[Sample]) -> tuple[list[float | None]
             values[index] = None
             failures.append(Failure(index, f"the reward is {value}"))
     return values, sorted(failures)
+
+
+MOST_FAILURES = 0.05
+"""Share of samples without a reward at which work stops."""
+
+
+def judge_most(
+    reward: Reward, samples: Sequence[Sample], where: Callable[[int], str]
+) -> tuple[list[float | None], list[Failure]]:
+    """``judge``, unless too many samples fail.
+
+    Args:
+        reward: judges.
+        samples: responses.
+        where: what to call a sample, by its index.
+
+    Raises:
+        ValueError: more than 5 % of the samples cannot be judged: how many, and why the first.
+    """
+    values, failures = judge(reward, samples)
+    if len(failures) > MOST_FAILURES * len(samples):
+        first = failures[0]
+        raise ValueError(
+            f"reward {reward.name} failed on {len(failures)} of {len(samples)} samples (allowed "
+            f"are 5 %), first on {where(first.sample)}: {first.reason}"
+        )
+    return values, failures
 
 
 class ReturnedCount(ValueError):

@@ -70,6 +70,7 @@ class ClassifierReward:
             allow_pickle=allow_pickle,
         )
         self._model = model.to(resolve_device(device)).eval().requires_grad_(False)
+        self.weights = sum(p.numel() for p in self._model.parameters())
         self._label = _label(self._model.config, label, str(path))
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._tokenizer.truncation_side = "left"

@@ -18,15 +18,12 @@ from typing import Any
 from fastguide.engine import Engine
 from fastguide.models.guide_config import RewardScale
 from fastguide.request import SamplingParams, sample_seed
-from fastguide.rewards import Reward, Sample, judge
+from fastguide.rewards import MOST_FAILURES, Reward, Sample, judge_most
 from fastguide.train.episodes import Episode, Rollout, episodes_of
 from fastguide.train.shards import Shards
 
 ROLLOUTS = "rollouts"
 """The series of responses; every other series of a folder is of rewards."""
-
-MOST_FAILURES = 0.05
-"""Share of samples without a reward at which labelling stops."""
 
 OnProgress = Callable[[int, int], None]
 """Told how many of how many responses are done."""
@@ -257,14 +254,9 @@ def judged(
     for rollout in rollouts:
         ids = rollout.response_ids[:max_tokens]
         samples.append(Sample(decode(rollout.prompt_ids), decode(ids), len(ids)))
-    values, failures = judge(reward, samples)
-    if len(failures) > MOST_FAILURES * len(samples):
-        first = failures[0]
-        where = rollouts[first.sample]
-        raise ValueError(
-            f"reward {reward.name} failed on {len(failures)} of {len(samples)} samples (allowed "
-            f"are 5 %), first on prompt {where.prompt}, sample {where.sample}: {first.reason}"
-        )
+    values, failures = judge_most(
+        reward, samples, lambda i: f"prompt {rollouts[i].prompt}, sample {rollouts[i].sample}"
+    )
     reasons = {failure.sample: failure.reason for failure in failures}
     table = pa.table(
         {

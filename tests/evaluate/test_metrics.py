@@ -32,12 +32,15 @@ def test_intervals_are_of_prompts() -> None:
     assert (found.mean, found.responses) == (2.0, 4)
     assert found.ci95 == pytest.approx(1.96 * statistics.stdev([1.0, 3.0]) / math.sqrt(2))
     assert Estimate.of({5: [2.0, 4.0]}) == Estimate(3.0, None, 2)
-    assert math.isnan(Estimate.of({}).mean)
+    assert Estimate.of({}) == Estimate(None, None, 0)
 
 
 def test_win_rates_count_all_pairs_and_ties_half() -> None:
-    found = win_rate({0: [1.0, 2.0], 1: [0.0], 9: [1.0]}, {0: [1.0, 0.0], 1: [5.0]})
+    half = {0: [(0.5, 1.0), (0.5, 2.0)], 1: [(1.0, 0.0)], 9: [(1.0, 1.0)]}
+    found = win_rate(half, {0: [(0.5, 1.0), (0.5, 0.0)], 1: [(1.0, 5.0)]})
     assert found.mean == pytest.approx(((0.5 + 1 + 1 + 1) / 4 + 0.0) / 2)
+    likely = win_rate({0: [(0.9, 1.0), (0.1, 2.0)]}, {0: [(0.5, 1.0), (0.5, 2.0)]})
+    assert likely.mean == pytest.approx(0.9 * (0.25 + 0.0) + 0.1 * (0.5 + 0.25))
 
 
 def test_curves_are_read_between_their_points() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
-import math
 import shutil
 import statistics
 import subprocess
@@ -100,7 +101,7 @@ def test_a_study_measures_what_it_says(study: Path, tmp_path: Path) -> None:
     rows = next(
         rows
         for file in (tmp_path / "out").glob("responses-*.json")
-        if len(rows := json.loads(file.read_text())) == 8
+        if len(rows := json.loads(file.read_text())["rows"]) == 8
     )
     by_prompt = [[r["reward"] for r in rows if r["prompt"] == p] for p in (0, 1)]
     expected = sum(expected_best(rewards, 3) for rewards in by_prompt) / 2
@@ -236,9 +237,76 @@ def test_policies_with_other_tokenizers_have_no_distance(tmp_path: Path) -> None
     study = Study(["Once", "Tom"], [point], reward="length")
     (result,) = Runner(study, tmp_path).run()
     assert "| other | +4.000 |" in table([result])
-    assert math.isnan(result["kl"]["mean"])
+    assert result["kl"]["mean"] is None
 
 
 def test_a_method_may_name_its_policy(study: Path) -> None:
     study.write_text(STUDY.replace("{name: plain, rule: none}", "{name: plain, policy: stories}"))
     assert read_study(study).points[0].policy == "stories"
+
+
+def test_kl_is_from_the_policy_at_one_temperature(tmp_path: Path) -> None:
+    """Also of what was not drawn, and of what was drawn at another temperature."""
+    usual = SamplingParams(temperature=0.7, max_tokens=4, n=64, seed=0)
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, seed=0)
+    warmer = SamplingParams(temperature=1.0, max_tokens=4, n=768, seed=0)
+    points = [
+        Point("greedy", {}, Plain(), {}, greedy),
+        Point("policy", {}, Plain(), {}, usual),
+        Point("warmer", {}, Plain(), {}, warmer),
+    ]
+    study = Study(["Once"], points, dtype="float32", baseline="policy")
+    assert study.temperature == 0.7
+    runner = Runner(study, tmp_path)
+    found = {point.name: runner.responses(point) for point in points}
+    model = AutoModelForCausalLM.from_pretrained(packaged("stories"), dtype=torch.float32)
+    engine = runner.engine()
+    (output,) = engine.generate("Once", sampling=greedy)
+    assert found["greedy"][0]["kl"] == pytest.approx(surprise(model, output, 0.7), rel=1e-4)
+    assert {row["kl"] for row in found["policy"]} == {0.0}
+    outputs = engine.generate("Once", sampling=dataclasses.replace(warmer, seed=0))
+    exact = statistics.fmean(tempering(model, o, temperature=1.0, by=0.7) for o in outputs)
+    ratios = [row["kl"] for row in found["warmer"]]
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5
+    assert statistics.fmean(ratios) == pytest.approx(exact, abs=4 * error)
+    assert error < exact / 4
+
+
+@torch.inference_mode()
+def surprise(model: Any, output: Completion, temperature: float) -> float:
+    """Minus the log-likelihood of a response to "Once"."""
+    tokens = AutoTokenizer.from_pretrained(packaged("stories"))("Once").input_ids
+    ids = torch.tensor([[*tokens, *output.token_ids]])
+    logprobs = (model(ids).logits[0, len(tokens) - 1 : -1] / temperature).log_softmax(-1)
+    return -logprobs.gather(-1, torch.tensor(output.token_ids)[:, None]).sum().item()
+
+
+def test_what_measures_differently_measures_again(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function with another text is another reward; what was sampled stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "wordy.py"
+    study.write_text(STUDY.replace("sentiment: vader", "words: 'wordy:count'"))
+
+    def run(code: str) -> float:
+        sys.modules.pop("wordy", None)
+        importlib.invalidate_caches()
+        module.write_text(code)
+        return Runner(read_study(study), tmp_path / "out").run()[0]["words"]["mean"]
+
+    body = "def count(prompt, response):\n    return {}\n"
+    once = run(body.format("len(response.split())"))
+    monkeypatch.setattr(Runner, "_sample", None)  # not called again
+    assert run(body.format("len(response.split()) + 0 * 1")) == once
+    assert run(body.format("2.0 * len(response.split())")) == 2 * once
+
+
+def test_too_many_failures_stop_a_study(study: Path, tmp_path: Path) -> None:
+    study.write_text(STUDY.replace("sentiment: vader", "'checked': 'checker:./nowhere-at-all'"))
+    said = (
+        r"reward checker:.* failed on 4 of 4 samples \(allowed are 5 %\), first on plain, prompt 0"
+    )
+    with pytest.raises(ValueError, match=said):
+        Runner(read_study(study), tmp_path / "out").run()

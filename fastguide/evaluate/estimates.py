@@ -1,0 +1,109 @@
+"""From the responses of a point to estimates: means over prompts, KL, win rates, costs.
+
+Of best-of-N, every estimate is the expectation for the winner over all ways to take N of a prompt's
+responses: each response counts with the probability that it wins.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastguide.evaluate.metrics import Estimate, win_rate
+from fastguide.search import best_weights, kl_of_best
+
+Row = dict[str, Any]
+"""One response: prompt, sample, text, tokens, kl, seconds, rewards by name, and so on."""
+
+Shares = Mapping[int, Sequence[tuple[float, Row]]]
+"""By prompt, responses with the probability that each is the answer."""
+
+
+def shares(rows: Sequence[Row], best_of: int) -> Shares:
+    """The probabilities of a point's responses; those without a reward have none."""
+    groups: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["reward"] is not None:
+            groups[row["prompt"]].append(row)
+    found: dict[int, list[tuple[float, Row]]] = {}
+    for prompt, group in groups.items():
+        ranked = sorted(group, key=lambda row: row["reward"])
+        weights = best_weights(len(ranked), min(best_of, len(ranked)))
+        found[prompt] = list(zip(weights, ranked, strict=True))
+    return found
+
+
+def mean(of: Shares, name: str) -> Estimate:
+    """The estimate of a number; a prompt counts if all its responses have it."""
+    values = {}
+    for prompt, group in of.items():
+        if all(row[name] is not None for _, row in group):
+            values[prompt] = [sum(share * row[name] for share, row in group)]
+    return Estimate.of(values, responses=sum(map(len, of.values())))
+
+
+def kl(of: Shares, best_of: int) -> Estimate:
+    """KL from the study's policy, in nats.
+
+    The winner of N responses has the density of one times at most what gives ``kl_of_best(N)``;
+    what one of them already differs from the policy by is its log-ratio, at the winner.
+    """
+    if best_of == 1:
+        return mean(of, "kl")
+    ratio = mean(of, "log_ratio")
+    return Estimate(ratio.mean + kl_of_best(best_of), ratio.ci95, ratio.responses)
+
+
+def wins(ours: Shares, theirs: Shares) -> Estimate:
+    """How often our answer has the higher reward than theirs to the same prompt; ties half."""
+
+    def rewards(of: Shares) -> dict[int, list[tuple[float, float]]]:
+        return {p: [(share, row["reward"]) for share, row in group] for p, group in of.items()}
+
+    return win_rate(rewards(ours), rewards(theirs))
+
+
+def answers(rows: Sequence[Row], best_of: int) -> dict[int, Row]:
+    """One answer to each prompt: the best of its first ``best_of`` responses."""
+    found: dict[int, Row] = {}
+    for row in sorted(rows, key=lambda row: row["sample"]):
+        if row["sample"] < best_of and row["reward"] is not None:
+            best = found.get(row["prompt"])
+            if best is None or row["reward"] > best["reward"]:
+                found[row["prompt"]] = row
+    return found
+
+
+def weights_of(model: Any) -> int:
+    """Weights that a token is multiplied with: all but looked-up embeddings."""
+    every = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tied = head is not None and head.weight is embedding
+    return every - (0 if tied else embedding.numel())
+
+
+def costs(
+    rows: Sequence[Row], best_of: int, policy: int, guides: Sequence[int], k: int, judge: int
+) -> Iterator[tuple[str, float]]:
+    """What one answer takes: 2 FLOPs per weight and token, and seconds of this run.
+
+    Args:
+        rows: of the point.
+        best_of: responses that compete; they share the prompt.
+        policy: weights of the policy.
+        guides: weights of each guide in use; it reads the prompt once and k rows per token.
+        k: candidates.
+        judge: weights of the reward, which reads prompt and response; 0 if it is no model.
+    """
+    number = len(rows)
+    tokens = sum(row["tokens"] for row in rows) / number
+    prompt = sum(row["prompt_tokens"] for row in rows) / number
+    seconds = sum(row["seconds"] for row in rows) / number
+    yield "policy_flops", 2.0 * policy * (prompt + best_of * tokens)
+    yield "guide_flops", sum(2.0 * guide * (prompt + best_of * k * tokens) for guide in guides)
+    judging = sum(row["judge_seconds"] for row in rows) / number if best_of > 1 else 0.0
+    yield "judge_flops", 2.0 * judge * best_of * (prompt + tokens) if best_of > 1 else 0.0
+    yield "tokens_per_second", tokens / best_of / (seconds + judging)
+    yield "seconds_per_response", best_of * (seconds + judging)
