@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "examples/stories"))
@@ -36,7 +35,7 @@ from fastguide.models.value import ValueModel  # noqa: E402
 from fastguide.rewards import load_reward  # noqa: E402
 from fastguide.train.collect import CollectConfig, collect, label, read  # noqa: E402
 from fastguide.train.fudge import FudgeConfig  # noqa: E402
-from fastguide.train.guides import train_guide  # noqa: E402
+from fastguide.train.guides import early_stopping, train_guide  # noqa: E402
 from fastguide.train.validation import make_validation, validate  # noqa: E402
 from fastguide.train.value import ValueConfig  # noqa: E402
 
@@ -182,13 +181,8 @@ def train(
     }
     callbacks = []
     if patience is not None:
-        callbacks = [EarlyStoppingCallback(patience)]
-        settings |= {
-            "eval_strategy": "epoch",
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "mse",
-            "greater_is_better": False,
-        }
+        more, callbacks = early_stopping(kind, patience)
+        settings |= more
     how = {"value": ValueConfig, "fudge": FudgeConfig}[kind](output_dir=str(folder), **settings)
     started = time.perf_counter()
     metrics = train_guide(

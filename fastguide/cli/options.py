@@ -170,6 +170,10 @@ Ema = Annotated[
     float | None, _option(_TRAINING, "Keep an average of the weights (0.99).", **_STRENGTH)
 ]
 BFloat16 = Annotated[bool, _option(_TRAINING, "Mixed precision.", "--bf16")]
+Patience = Annotated[
+    int | None,
+    _option(_TRAINING, "Stop after so many epochs without a gain, keep the best.", **_COUNT),
+]
 HeldOut = Annotated[float, _option(_TRAINING, "Share of prompts to validate on.", **_STRENGTH)]
 ValidationSet = Annotated[
     str | None,

@@ -37,6 +37,7 @@ def value(
     batch_size: options.BatchSize = 32,
     ema: options.Ema = None,
     bf16: options.BFloat16 = False,
+    patience: options.Patience = None,
     held_out: options.HeldOut = 0.05,
     validation: options.ValidationSet = None,
     seed: options.CollectSeed = 0,
@@ -47,7 +48,7 @@ def value(
     given = {"gamma": gamma, "lam": lam, "learning_rate": learning_rate, "ema": ema, "bf16": bf16}
     given |= {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "seed": seed}
     backbone = _backbone(lora_rank, full, freeze, head, quantize) | {"validation": validation}
-    _train("value", data, out, model, labels, held_out, given, extra, swept, backbone)
+    _train("value", data, out, model, labels, held_out, patience, given, extra, swept, backbone)
 
 
 @train.command()
@@ -67,6 +68,7 @@ def fudge(
     batch_size: options.BatchSize = 32,
     ema: options.Ema = None,
     bf16: options.BFloat16 = False,
+    patience: options.Patience = None,
     held_out: options.HeldOut = 0.05,
     seed: options.CollectSeed = 0,
     extra: options.Set = None,
@@ -76,7 +78,7 @@ def fudge(
     given = {"learning_rate": learning_rate, "ema": ema, "bf16": bf16, "seed": seed}
     given |= {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size}
     backbone = _backbone(lora_rank, full, freeze, head, quantize) | {"above": above}
-    _train("fudge", data, out, model, labels, held_out, given, extra, swept, backbone)
+    _train("fudge", data, out, model, labels, held_out, patience, given, extra, swept, backbone)
 
 
 @train.command()
@@ -181,14 +183,17 @@ def _train(
     model: str | None,
     labels: str,
     held_out: float,
+    patience: int | None,
     given: dict[str, Any],
     extra: Sequence[str] | None,
     swept: Sequence[str] | None,
     options: dict[str, Any],
 ) -> None:
-    from fastguide.train.guides import KINDS, sweep, train_guide
+    from fastguide.train.guides import KINDS, early_stopping, sweep, train_guide
     from fastguide.train.shards import Shards
 
+    more, callbacks = early_stopping(kind, patience) if patience is not None else ({}, [])
+    given |= more
     fields = {field.name for field in dataclasses.fields(KINDS[kind].config)}
     given |= dict(_setting(text, fields) for text in extra or [])
 
@@ -201,6 +206,7 @@ def _train(
             config,
             labels=labels,
             held_out=held_out,
+            callbacks=list(callbacks),
             on_start=lambda train, valid: typer.echo(
                 f"{train} responses to train on, {valid} to validate; checkpoints in {folder}"
             ),

@@ -31,6 +31,9 @@ __all__ = ["GuideConfig", "RewardScale", "ValueModel"]
 HEAD_FILE = "value_head.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+BACKBONE_FILES = ("config.json", "generation_config.json", "model*.safetensors*")
+GUIDE_FILES = (CONFIG_FILE, HEAD_FILE, ADAPTER_CONFIG_FILE, ADAPTER_FILE, *BACKBONE_FILES)
+"""What a guide folder may hold, as patterns."""
 
 
 class ValueModel(nn.Module):
@@ -150,6 +153,7 @@ class ValueModel(nn.Module):
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
+        self.clear(target)
         config = dataclasses.replace(self.config, base_model=base_model or self.config.base_model)
 
         def stored(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,6 +179,17 @@ class ValueModel(nn.Module):
         head = {name: stored(tensor) for name, tensor in self.head.state_dict().items()}
         (target / HEAD_FILE).write_bytes(save(head))
         config.save(target)
+
+    @staticmethod
+    def clear(folder: Path) -> None:
+        """Remove the guide that a folder holds, if any: what is left of one would change the next.
+
+        Other files stay, checkpoints among them.
+        """
+        if (folder / CONFIG_FILE).is_file():
+            for pattern in GUIDE_FILES:
+                for file in folder.glob(pattern):
+                    file.unlink()
 
     @classmethod
     def from_pretrained(

@@ -131,7 +131,8 @@ def bucketed(
     """One epoch's batches of indices, shuffled by ``seed``, rows of like length together.
 
     Shuffled indices are cut into pools of ``pool`` batches, sorted by length inside a pool and
-    cut into batches; the batches are shuffled again. Every index occurs once.
+    cut into batches; the batches are shuffled again, a short one at the end. Every index occurs
+    once.
     """
     rng = random.Random(seed)
     order = list(range(len(episodes)))
@@ -140,5 +141,7 @@ def bucketed(
     for start in range(0, len(order), batch_size * pool):
         chunk = sorted(order[start : start + batch_size * pool], key=lambda i: len(episodes[i]))
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-    rng.shuffle(batches)
-    return batches
+    # The one that is short comes last: read as one sequence, all others are cut where they were.
+    whole = [batch for batch in batches if len(batch) == batch_size]
+    rng.shuffle(whole)
+    return whole + [batch for batch in batches if len(batch) < batch_size]

@@ -55,10 +55,12 @@ class FudgeTrainer(PrefixTrainer):
     prefixes; and ``eval_last_accuracy``, of whole responses.
     """
 
-    def loss(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
-        """Binary cross-entropy of the logits, averaged over all prefixes of the batch."""
+    def losses(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
+        """Binary cross-entropy of the logit of each prefix."""
         label = batch.rewards.sum(1, keepdim=True).expand_as(values)
-        return F.binary_cross_entropy_with_logits(values[batch.states], label[batch.states])
+        return F.binary_cross_entropy_with_logits(
+            values[batch.states], label[batch.states], reduction="none"
+        )
 
     def statistics(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
         """Right answers, the last one, and how many prefixes."""

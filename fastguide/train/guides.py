@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
+import math
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastguide.models.guide_config import CONFIG_FILE, GuideConfig
 from fastguide.models.value import ValueModel
@@ -120,7 +125,7 @@ def train_guide(
     if above is not None:
         facts["above"] = above
     targets = {name: getattr(config, name) for name in ("gamma", "lam") if hasattr(config, name)}
-    guide = GuideConfig(str(base), scale, kind=how.guide, training=facts, **targets)
+    guide = GuideConfig(_lasting(base), scale, kind=how.guide, training=facts, **targets)
     value = ValueModel.create(base, config=guide, **model)
     trainer = how.trainer(value, config, train, valid, callbacks=list(callbacks))
     if on_start is not None:
@@ -133,35 +138,40 @@ def train_guide(
         metrics["eval_mc_mse"] = measured.mse.mean
         metrics["eval_mc_explained_variance"] = measured.explained_variance.mean
     kept = {key.removeprefix("eval_"): round(x, 6) for key, x in metrics.items() if _kept(key)}
-    more = {"validation": kept, "hyperparameters": _hyperparameters(config)}
-    value.config = dataclasses.replace(value.config, training=facts | more)
+    training = value.config.training | {"validation": kept}
+    value.config = dataclasses.replace(value.config, training=training)
     if trainer.is_world_process_zero():
         with trainer.averaged():
             value.save_pretrained(config.output_dir or ".", dtype=dtype, base_model=base_model)
+    trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _lasting(base: str | Path) -> str:
+    """The name of a backbone, also from another working directory."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+
+
+def early_stopping(kind: str, patience: int) -> tuple[dict[str, Any], list[TrainerCallback]]:
+    """Settings of a configuration and callbacks: stop after ``patience`` epochs without a gain.
+
+    What is kept are the weights of the best epoch, by the error that a sweep would choose by.
+    """
+    if patience < 1:
+        raise ValueError(f"patience is {patience}; allowed are whole numbers from 1")
+    settings = {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": KINDS[kind].criterion,
+        "greater_is_better": False,
+    }
+    return settings, [EarlyStoppingCallback(patience)]
 
 
 def _kept(key: str) -> bool:
     timing = ("runtime", "per_second", "preparation_time", "epoch")
     return key.startswith("eval_") and not key.endswith(timing)
-
-
-def _hyperparameters(config: PrefixConfig) -> dict[str, Any]:
-    names = (
-        "learning_rate",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "warmup_steps",
-        "weight_decay",
-        "max_grad_norm",
-        "ema",
-        "bf16",
-        "seed",
-    )
-    schedule = str(getattr(config.lr_scheduler_type, "value", config.lr_scheduler_type))
-    return {name: getattr(config, name) for name in names} | {"schedule": schedule}
 
 
 def sweep(
@@ -188,11 +198,12 @@ def sweep(
         The best settings and their metrics.
 
     Raises:
-        ValueError: a run has no validation metric to choose by.
+        ValueError: a run has no validation metric to choose by, or none ended with a number.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    record = target / RESULTS_FILE
+    record, processes = target / RESULTS_FILE, PartialState()
+    digest = f" {hashlib.sha256(about.encode()).hexdigest()[:8]}" if about else ""
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
     results: list[dict[str, Any]] = []
     for values in itertools.product(*grid.values()):
@@ -201,17 +212,31 @@ def sweep(
         same = [r for r in known if (r["settings"], r["about"]) == (settings, about)]
         found = same[0] if same else None
         if found is None:
-            metrics = train(target / name, settings)
+            metrics = train(target / f"{name}{digest}", settings)
             if not {MONTE_CARLO, KINDS[kind].criterion} & set(metrics):
                 raise ValueError("a sweep needs an error to choose by: hold some prompts out")
-            found = {"settings": settings, "folder": name, "metrics": metrics, "about": about}
+            found = {"settings": settings, "folder": f"{name}{digest}", "metrics": metrics}
+            found["about"] = about
             known.append(found)
-            record.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            if processes.is_main_process:
+                _replace(record, json.dumps(known, indent=1) + "\n")
         results.append(found)
     known_by = MONTE_CARLO if MONTE_CARLO in results[0]["metrics"] else KINDS[kind].criterion
-    best = min(results, key=lambda result: result["metrics"][known_by])
-    for file in (target / best["folder"]).iterdir():
-        if file.is_file():
-            shutil.copyfile(file, target / file.name)
+    finite = [result for result in results if math.isfinite(result["metrics"][known_by])]
+    if not finite:
+        raise ValueError(f"none of {len(results)} runs ended with a number as {known_by}")
+    best = min(finite, key=lambda result: result["metrics"][known_by])
+    if processes.is_main_process:
+        ValueModel.clear(target)
+        for file in (target / best["folder"]).iterdir():
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+    processes.wait_for_everyone()
     assert (target / CONFIG_FILE).is_file()
     return best["settings"], best["metrics"]
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)

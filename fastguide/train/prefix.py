@@ -153,7 +153,10 @@ class PrefixTrainer(Trainer):
             callbacks=[*(callbacks or [])],
             optimizers=optimizers,
         )
+        self.model_accepts_loss_kwargs = True  # so that ``compute_loss`` is told the count
         self.value_model = model
+        facts = model.config.training | _facts(args, self._weights)
+        model.config = dataclasses.replace(model.config, training=facts)
         self._average: dict[str, Tensor] | None = None
         if args.ema is not None:
             self._average = {n: p.detach().clone() for n, p in self._weights.items()}
@@ -161,8 +164,8 @@ class PrefixTrainer(Trainer):
 
     # ------------------------------------------------------------------ what a subclass says
 
-    def loss(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
-        """The loss of ``values [B, T]`` fp32, averaged over the states of the batch."""
+    def losses(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
+        """``[states]``: the loss of each state of the batch, from ``values [B, T]`` fp32."""
         raise NotImplementedError
 
     def statistics(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
@@ -180,14 +183,23 @@ class PrefixTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        *_: Any,
-        **__: Any,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As in ``Trainer``."""
+        """As in ``Trainer``: the mean over the states of all parts of a step, on all processes."""
         batch = EpisodeBatch(**inputs)
         values = model(batch.input_ids).float()
-        loss = self.loss(values, batch)
+        losses = self.losses(values, batch)
+        loss = losses.mean()
+        if num_items_in_batch is not None:  # gradients of the processes are averaged afterwards
+            loss = losses.sum() / num_items_in_batch * self.args.world_size
         return (loss, values) if return_outputs else loss
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor]:
+        """As in ``Trainer``, which counts labels: here states count."""
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        states = sum(int(sample["states"].sum()) for sample in samples)
+        counted = torch.tensor(states, device=self.args.device)
+        return samples, self.accelerator.gather(counted).sum()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -239,12 +251,12 @@ class PrefixTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        theirs, ours = GuideConfig.load(folder), self.value_model.config
-        for name in ("base_model", "reward", "gamma", "lam", "kind", "training"):
-            if getattr(theirs, name) != getattr(ours, name):
+        theirs, ours = _flat(GuideConfig.load(folder)), _flat(self.value_model.config)
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name) and name not in LENGTH:
                 raise ValueError(
-                    f"the checkpoint {folder} has {name} {getattr(theirs, name)!r}, this run has "
-                    f"{getattr(ours, name)!r}; choose another folder or delete it"
+                    f"the checkpoint {folder} has {name} {theirs.get(name)!r}, this run has "
+                    f"{ours.get(name)!r}; choose another folder or delete it"
                 )
         self.value_model.load_folder(folder)
         if self._average is not None:
@@ -261,6 +273,44 @@ class PrefixTrainer(Trainer):
         whole = [file.parent for file in folder.glob(f"checkpoint-*/{STATE_FILE}")]
         newest = max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
         return None if newest is None else str(newest)
+
+
+HYPERPARAMETERS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "optim",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "ema",
+    "length_pool",
+    "bf16",
+    "fp16",
+    "seed",
+)
+"""What a guide's config says of its training."""
+
+LENGTH = ("num_train_epochs", "max_steps")
+"""Those that may change when a run is continued: it may go on for longer."""
+
+
+def _facts(args: PrefixConfig, weights: dict[str, Tensor]) -> dict[str, Any]:
+    found = {name: getattr(args, name) for name in HYPERPARAMETERS}
+    plain = {name: str(getattr(v, "value", v)) for name, v in found.items() if hasattr(v, "value")}
+    trained = sum(weight.numel() for weight in weights.values())
+    return {"hyperparameters": found | plain, "trained_parameters": trained}
+
+
+def _flat(config: GuideConfig) -> dict[str, Any]:
+    """What decides how a run goes on."""
+    training = dict(config.training)
+    hyperparameters = training.pop("hyperparameters", {})
+    names = ("base_model", "reward", "gamma", "lam", "kind")
+    return {name: getattr(config, name) for name in names} | training | hyperparameters
 
 
 class _Averaging(TrainerCallback):

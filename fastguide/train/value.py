@@ -35,8 +35,8 @@ class ValueConfig(PrefixConfig):
         super().__post_init__()
 
 
-def value_loss(values: Tensor, batch: EpisodeBatch, gamma: float, lam: float) -> Tensor:
-    """Mean squared error between the states' values and their lambda-returns.
+def value_losses(values: Tensor, batch: EpisodeBatch, gamma: float, lam: float) -> Tensor:
+    """Squared errors between the states' values and their lambda-returns.
 
     Targets come from the same values, detached: ``G_T = r_T`` and, before it,
     ``G_t = r_t + gamma * ((1 - lam) * V(s_{t+1}) + lam * G_{t+1})``; most rewards are paid at s_T
@@ -49,10 +49,10 @@ def value_loss(values: Tensor, batch: EpisodeBatch, gamma: float, lam: float) ->
         lam: in [0, 1]; 1 gives Monte-Carlo returns, 0 one-step TD.
 
     Returns:
-        Scalar fp32, averaged over all states of the batch.
+        One fp32 for each state of the batch, ``[states]``.
     """
     targets = td_lambda(values.detach(), batch.rewards, batch.states, gamma, lam)
-    return ((values - targets) ** 2)[batch.states].mean()
+    return ((values - targets) ** 2)[batch.states]
 
 
 class ValueTrainer(PrefixTrainer):
@@ -65,9 +65,9 @@ class ValueTrainer(PrefixTrainer):
 
     args: ValueConfig
 
-    def loss(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
-        """``value_loss``."""
-        return value_loss(values, batch, self.args.gamma, self.args.lam)
+    def losses(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
+        """``value_losses``."""
+        return value_losses(values, batch, self.args.gamma, self.args.lam)
 
     def statistics(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
         """Squared errors, the last one, returns, their squares, and how many states."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from fastguide import FUDGE, VAS, Engine, SamplingParams, ValueGuide
+from fastguide.assets import packaged
 from fastguide.models.guide_config import GuideConfig, RewardScale
 from fastguide.models.value import ValueModel
 from fastguide.rewards import load_reward
@@ -130,8 +133,50 @@ def test_a_sweep_keeps_the_best_and_goes_on(data: Path, tmp_path: Path) -> None:
     assert chosen == best["learning_rate"]
     sweep("value", tmp_path, grid, train, about="other data")
     assert trained[3:] == [{"learning_rate": 1e-6}, {"learning_rate": 1e-3}]
+    assert len([f for f in tmp_path.iterdir() if f.is_dir()]) == 4
     with pytest.raises(ValueError, match="hold some prompts out"):
         sweep("value", tmp_path / "other", {"seed": [0]}, lambda folder, options: {})
+
+
+@pytest.mark.parametrize("order", [[10.0, 1e-3], [1e-3, 10.0]])
+def test_a_run_that_diverged_wins_no_sweep(tmp_path: Path, order: list[float]) -> None:
+    def train(folder: Path, options: dict[str, Any]) -> dict[str, float]:
+        folder.mkdir()
+        (folder / "guide_config.json").write_text("{}")
+        return {"eval_mse": math.nan if options["learning_rate"] == 10 else 1.0}
+
+    best, _ = sweep("value", tmp_path, {"learning_rate": order}, train)
+    assert best == {"learning_rate": 1e-3}
+    with pytest.raises(ValueError, match="none of 1 runs ended with a number as eval_mse"):
+        sweep("value", tmp_path / "other", {"learning_rate": [10]}, train)
+
+
+def test_a_guide_on_a_local_backbone_loads_from_anywhere(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(packaged("stories"), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    config = ValueConfig(**settings(Path("guide"), save_strategy="no"))
+    train_guide("value", data, "base", config, lora_rank=2)
+    monkeypatch.chdir("/")
+    assert ValueModel.from_pretrained(tmp_path / "guide").config.kind == "value"
+
+
+def test_a_guide_over_another_leaves_nothing_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "guide"
+    ValueModel.create("stories", lora_rank=2).save_pretrained(folder)
+    (folder / "notes.txt").write_text("mine")
+    torch.manual_seed(0)
+    whole = ValueModel.create("stories", lora_rank=None)
+    torch.nn.init.normal_(next(whole.head.parameters()))
+    with torch.no_grad():
+        next(whole.backbone.parameters()).mul_(1.5)
+    whole.save_pretrained(folder)
+    assert not (folder / "adapter_config.json").exists()
+    assert (folder / "notes.txt").is_file()
+    ids = torch.tensor([[0, 300, 5]])
+    loaded = ValueModel.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(loaded(ids), whole.eval()(ids))
 
 
 # --------------------------------------------------------------------------------- Monte Carlo

@@ -96,14 +96,40 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop: int) -> 
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=0, msg=name)
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 1e-4}, "has learning_rate 0.003, this run has 0.0001"),
+        ({"seed": 2}, "has seed 1, this run has 2"),
+        ({"ema": 0.9}, "has ema None, this run has 0.9"),
+        ({"lam": 0.5}, "has lam 0.95, this run has 0.5"),
+        ({"per_device_train_batch_size": 8}, "has per_device_train_batch_size 16, this run has 8"),
+        ({"lora_rank": 8}, "has trained_parameters"),
+        ({"data": "others"}, "has data None, this run has 'others'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
     options = settings(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     ValueTrainer(make_model(), ValueConfig(**options), make_episodes(32, 0)).train()
-    other = make_model()
-    other.config.training["data"] = "others"
-    trainer = ValueTrainer(other, ValueConfig(**options), make_episodes(32, 5))
-    with pytest.raises(ValueError, match=r"has training \{\}, this run has \{'data': 'others'\}"):
+    other = make_model(**{k: v for k, v in changed.items() if k == "lora_rank"})
+    other.config.training.update({k: v for k, v in changed.items() if k == "data"})
+    fields = {k: v for k, v in changed.items() if k not in ("lora_rank", "data")}
+    config = ValueConfig(**(options | fields))
+    other.config = dataclasses.replace(other.config, lam=config.lam)
+    trainer = ValueTrainer(other, config, make_episodes(32, 0))
+    with pytest.raises(ValueError, match=said):
         trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+
+
+def test_a_run_may_be_made_longer(tmp_path: Path) -> None:
+    options = settings(tmp_path, num_train_epochs=1, save_strategy="epoch")
+    ValueTrainer(make_model(), ValueConfig(**options), make_episodes(32, 0)).train()
+    longer = ValueConfig(**(options | {"num_train_epochs": 2}))
+    trainer = ValueTrainer(make_model(), longer, make_episodes(32, 0))
+    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+    assert trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize(
@@ -171,7 +197,11 @@ def test_rewards_of_ten_thousand_are_learnt(tmp_path: Path) -> None:
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    episodes = [Episode((0, i), (300 + i, 5, 9), float(i % 3)) for i in range(16)]
+    lengths = [2, 60, 2, 2, 60, 60, 2, 30, 2, 2, 60, 2, 2, 11, 2, 2]
+    episodes = [
+        Episode((0, i), tuple(300 + (7 * i + j) % 99 for j in range(n)), float(i % 3))
+        for i, n in enumerate(lengths)
+    ]
     weights = []
     for size, steps in ((16, 1), (4, 4)):
         model = make_model()
@@ -183,6 +213,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> N
                 per_device_train_batch_size=size,
                 gradient_accumulation_steps=steps,
                 max_steps=2,
+                optim="sgd",
+                max_grad_norm=1e9,
             )
         )
         ValueTrainer(model, config, episodes).train()
@@ -256,6 +288,8 @@ def test_batches_hold_every_episode_once_and_like_lengths() -> None:
     batches = bucketed(episodes, 8, seed=0)
     assert sorted(i for batch in batches for i in batch) == list(range(100))
     assert bucketed(episodes, 8, seed=0) == batches != bucketed(episodes, 8, seed=1)
+    flat = [i for batch in batches for i in batch]  # cut again by the data loader
+    assert [flat[i : i + 8] for i in range(0, 100, 8)] == batches
     spread = [max(len(episodes[i]) for i in b) - min(len(episodes[i]) for i in b) for b in batches]
     assert sum(spread) / len(spread) <= 2
 
