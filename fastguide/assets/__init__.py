@@ -45,3 +45,10 @@ def resolve(name_or_path: str | Path) -> str:
     text = str(name_or_path)
     packaged_name = text in names() and not isinstance(name_or_path, Path)
     return str(_ROOT / text) if packaged_name else text
+
+
+def lasting(name_or_path: str | Path) -> str:
+    """The argument as it can be written down: the same from another working directory."""
+    here = str(name_or_path) not in names() or isinstance(name_or_path, Path)
+    folder = Path(name_or_path)
+    return str(folder.resolve()) if here and folder.is_dir() else str(name_or_path)

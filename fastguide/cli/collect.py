@@ -9,7 +9,7 @@ import typer
 
 from fastguide.cli import options
 from fastguide.cli.arguments import read_prompts
-from fastguide.cli.loading import load_engine
+from fastguide.cli.loading import chosen_dtype, load_engine
 from fastguide.rewards import Reward, load_reward
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def collect(
     config = CollectConfig(samples, max_tokens, temperature, seed, shard)
     if ray:
         with_options = {
-            "dtype": dtype,
+            "dtype": chosen_dtype(model, dtype),
             "max_rows": max_rows,
             "trust_remote_code": trust_remote_code,
         }
@@ -118,9 +118,17 @@ def _with_ray(
                 name=name,
                 workers=workers,
                 gpus=gpus,
+                trust_remote_code=engine["trust_remote_code"],
                 on_progress=lambda done, _: note(done),
             )
         _say(shards, total, name)
+
+
+def policy_of(shards: Shards) -> str:
+    """Where the policy of a collection is, as it says itself."""
+    from fastguide import assets
+
+    return str(shards.notes.get("model", assets.MODEL))
 
 
 def _say_collected(shards: Shards) -> None:
@@ -153,12 +161,14 @@ def label(
     judges = _rewards(rewards, device, trust_remote_code)
     if judges is None:
         raise ValueError("no --reward is given; for example --reward cheerfulness")
-    from fastguide import assets
     from fastguide.models.loading import load_tokenizer
+    from fastguide.train.collect import check_tokenizer
     from fastguide.train.shards import Shards
 
     shards = Shards(folder)
-    tokenizer = load_tokenizer(model or assets.MODEL, trust_remote_code=trust_remote_code)
+    policy = model or policy_of(shards)
+    tokenizer = load_tokenizer(policy, trust_remote_code=trust_remote_code)
+    check_tokenizer(shards, policy, tokenizer)
     _label(shards, judges, tokenizer, name, max_tokens)
 
 

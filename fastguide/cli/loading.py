@@ -34,8 +34,7 @@ def load_engine(
         guides: what ``--guide`` gave.
         guide_base: base model of those guides that are a LoRA and not packaged.
         device: as in ``Engine``.
-        dtype: as in ``Engine``; None is float32 for the packaged model, which is so small that
-            exact seeds cost nothing.
+        dtype: see ``chosen_dtype``.
         trust_remote_code: as in ``Engine``.
         max_rows: as in ``Engine``.
 
@@ -46,16 +45,19 @@ def load_engine(
         from fastguide.engine import Engine
 
         loaded: Mapping[str, Guide] = {g.name: _guide(g.path, guide_base) for g in guides}
-        if dtype is None and model in (None, assets.MODEL):
-            dtype = "float32"
         return Engine(
             model,
             loaded,
             device=device,
-            dtype=dtype,
+            dtype=chosen_dtype(model, dtype),
             trust_remote_code=trust_remote_code,
             max_rows=max_rows,
         )
+
+
+def chosen_dtype(model: str | None, dtype: str | None) -> str | None:
+    """As in ``Engine``; but None is float32 for the packaged model: exact seeds cost nothing."""
+    return "float32" if dtype is None and model in (None, assets.MODEL) else dtype
 
 
 @contextlib.contextmanager

@@ -143,6 +143,10 @@ Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of a collectio
 Out = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the guide goes.")]
 Backbone = Annotated[
     str | None,
+    _option(_BACKBONE, "Left out: the policy itself.", "--model", metavar="PATH|HUB-ID"),
+]
+TrainedModel = Annotated[
+    str | None,
     _option(_BACKBONE, "Left out: the packaged story model.", "--model", metavar="PATH|HUB-ID"),
 ]
 Pairs = Annotated[

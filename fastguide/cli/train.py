@@ -12,6 +12,7 @@ import typer
 
 from fastguide import assets
 from fastguide.cli import options
+from fastguide.cli.collect import policy_of
 
 if TYPE_CHECKING:
     from fastguide.train.prefix import PrefixConfig
@@ -85,7 +86,7 @@ def fudge(
 def reward(
     pairs: options.Pairs,
     out: options.Out,
-    model: options.Backbone = None,
+    model: options.TrainedModel = None,
     lora_rank: options.PairsRank = None,
     learning_rate: options.LearningRate = 1e-4,
     epochs: options.Epochs = 1.0,
@@ -104,7 +105,7 @@ def reward(
 def sft(
     texts: options.Texts,
     out: options.Out,
-    model: options.Backbone = None,
+    model: options.TrainedModel = None,
     lora_rank: options.PairsRank = None,
     learning_rate: options.LearningRate = 1e-4,
     epochs: options.Epochs = 1.0,
@@ -189,9 +190,11 @@ def _train(
     swept: Sequence[str] | None,
     options: dict[str, Any],
 ) -> None:
+    from fastguide.train.collect import ROLLOUTS
     from fastguide.train.guides import KINDS, early_stopping, sweep, train_guide
     from fastguide.train.shards import Shards
 
+    backbone = model or policy_of(Shards(data))
     more, callbacks = early_stopping(kind, patience) if patience is not None else ({}, [])
     given |= more
     fields = {field.name for field in dataclasses.fields(KINDS[kind].config)}
@@ -202,7 +205,7 @@ def _train(
         return train_guide(
             kind,
             data,
-            model or assets.MODEL,
+            backbone,
             config,
             labels=labels,
             held_out=held_out,
@@ -215,7 +218,7 @@ def _train(
 
     if swept:
         grid = dict(_values(text, fields) for text in swept)
-        about = f"{Shards(data).digest()} {model} {labels} {held_out} {given} {options}"
+        about = f"{Shards(data).digest(ROLLOUTS, labels)} {backbone} {held_out} {given} {options}"
         best, metrics = sweep(kind, out, grid, run, about=about)
         chosen = ", ".join(f"{name} {value}" for name, value in best.items())
         typer.echo(f"best of the sweep: {chosen}")

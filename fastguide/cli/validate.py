@@ -8,7 +8,7 @@ import typer
 
 from fastguide import assets
 from fastguide.cli import options
-from fastguide.cli.collect import decoder
+from fastguide.cli.collect import decoder, policy_of
 from fastguide.cli.loading import load_engine
 
 
@@ -39,7 +39,7 @@ def validate(
             trust_remote_code, max_rows,
         )  # fmt: skip
     for name in guides or []:
-        _measure(name, folder)
+        _measure(name, folder, device, trust_remote_code)
 
 
 def _make(
@@ -68,11 +68,13 @@ def _make(
     if about is None:
         have = ", ".join(sorted(shards.series))
         raise ValueError(f"{data} has no {labels!r}; it has {have}")
-    reward = load_reward(about["reward"], device=device, trust_remote_code=trust_remote_code)
+    reward = load_reward(about["spec"], device=device, trust_remote_code=trust_remote_code)
     chosen = [r for r in read(data) if r.sample == 0 and is_held_out(r.prompt_ids, held_out)]
+    if not chosen:
+        raise ValueError(f"--held-out {held_out} holds none of the prompts of {data} out")
     sampling = shards.about["sampling"]
     engine = load_engine(
-        model,
+        model or policy_of(shards),
         [],
         device=device,
         dtype=dtype,
@@ -95,19 +97,27 @@ def _make(
             max_tokens=about["max_tokens"] or sampling["max_tokens"],
             completions=completions,
             temperature=sampling["temperature"],
+            held_out=held_out,
             seed=seed,
             on_progress=lambda done, _: note(done),
         )
     typer.echo(f"validation set of {min(prompts, len(chosen))} prefixes in {made.folder}")
 
 
-def _measure(name: str, folder: str) -> None:
+def _measure(name: str, folder: str, device: str | None, trust_remote_code: bool) -> None:
     import torch
 
+    from fastguide.models.loading import resolve_device
     from fastguide.models.value import ValueModel
     from fastguide.train.validation import validate
 
-    model = ValueModel.from_pretrained(assets.resolve(name), dtype=torch.float32, merge=True)
+    model = ValueModel.from_pretrained(
+        assets.resolve(name),
+        dtype=torch.float32,
+        merge=True,
+        device=resolve_device(device),
+        trust_remote_code=trust_remote_code,
+    )
     found = validate(model, Path(folder))
     shown = (("MSE", found.mse), ("explained variance", found.explained_variance))
     parts = [f"{what} {x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]" for what, x in shown]

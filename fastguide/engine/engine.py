@@ -100,6 +100,7 @@ class Engine:
             allow_pickle=allow_pickle,
             vocabulary=vocabulary,
         )
+        self.model = assets.lasting(path)
         self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
         scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = Runner(policy, scorers)

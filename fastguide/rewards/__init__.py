@@ -8,6 +8,7 @@ from fastguide.rewards.base import (
     WeightedSum,
     judge,
     judge_most,
+    spec_of,
 )
 from fastguide.rewards.load import KINDS, REWARDS, load_reward
 from fastguide.rewards.text import (
@@ -40,6 +41,7 @@ __all__ = [
     "judge_most",
     "load_reward",
     "sentences",
+    "spec_of",
     "vader",
 ]
 

@@ -50,8 +50,13 @@ class WeightedSum:
 
     @property
     def name(self) -> str:
-        """``1*cheerfulness + 0.1*brevity``."""
-        return " + ".join(f"{weight:g}*{reward.name}" for weight, reward in self.parts)
+        """``1*cheerfulness + 0.1*brevity``; ``load_reward`` reads the ``specs``."""
+        return " + ".join(self.specs)
+
+    @property
+    def specs(self) -> list[str]:
+        """What it was made from, part by part."""
+        return [f"{_short(weight)}*{reward.name}" for weight, reward in self.parts]
 
     @property
     def per_token(self) -> float:
@@ -63,6 +68,16 @@ class WeightedSum:
         """The sum for each sample."""
         columns = [(weight, reward(samples)) for weight, reward in self.parts]
         return [sum(w * values[i] for w, values in columns) for i in range(len(samples))]
+
+
+def _short(weight: float) -> str:
+    """All its digits, and no more."""
+    return repr(float(weight)).removesuffix(".0")
+
+
+def spec_of(reward: Reward) -> str | list[str]:
+    """What ``load_reward`` makes such a reward from."""
+    return reward.specs if isinstance(reward, WeightedSum) else reward.name
 
 
 class Failure(NamedTuple):

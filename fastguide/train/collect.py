@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from fastguide.engine import Engine
 from fastguide.models.guide_config import RewardScale
 from fastguide.request import SamplingParams, sample_seed
-from fastguide.rewards import MOST_FAILURES, Reward, Sample, judge_most
+from fastguide.rewards import MOST_FAILURES, Reward, Sample, judge_most, spec_of
 from fastguide.train.episodes import Episode, Rollout, episodes_of
 from fastguide.train.shards import Shards
 
@@ -43,6 +46,8 @@ class CollectConfig:
         for name in ("samples_per_prompt", "max_tokens", "shard_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; allowed are numbers above 0")
 
 
 def collect(
@@ -73,6 +78,7 @@ def collect(
     """
     check_prompts(prompts, engine.limits.context)
     shards = open_shards(prompts, folder, config, policy)
+    shards.note(**about_model(engine.model, engine.tokenizer))
     most = [config.max_tokens] * len(prompts) if limits is None else list(limits)
     done, of = 0, len(prompts) * config.samples_per_prompt
     for number in range(shards.series[ROLLOUTS]["of"]):
@@ -90,6 +96,22 @@ def collect(
         if on_progress is not None:
             on_progress(done, of)
     return shards
+
+
+def about_model(model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Where a policy is, and what tells its tokenizer from others."""
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return {"model": model, "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()}
+
+
+def check_tokenizer(shards: Shards, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that reads the token ids of a collection otherwise."""
+    known = shards.notes.get("tokenizer")
+    if known is not None and about_model(model, tokenizer)["tokenizer"] != known:
+        raise ValueError(
+            f"{shards.folder} is of {shards.notes['model']!r}, and {model!r} has another "
+            "tokenizer; allowed is the same"
+        )
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
@@ -233,7 +255,14 @@ def label_series(folder: str | Path, reward: Reward, name: str, max_tokens: int 
     if not shards.complete(ROLLOUTS):
         raise ValueError(f"the rollouts at {folder} are unfinished; run their collection again")
     of = shards.series[ROLLOUTS]["of"]
-    shards.begin(name, of, reward=reward.name, max_tokens=max_tokens, per_token=reward.per_token)
+    shards.begin(
+        name,
+        of,
+        reward=reward.name,
+        spec=spec_of(reward),
+        max_tokens=max_tokens,
+        per_token=reward.per_token,
+    )
     return shards
 
 

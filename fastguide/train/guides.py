@@ -18,9 +18,11 @@ import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from fastguide import assets
 from fastguide.models.guide_config import CONFIG_FILE, GuideConfig
+from fastguide.models.loading import find_tokenizer
 from fastguide.models.value import ValueModel
-from fastguide.train.collect import load_episodes
+from fastguide.train.collect import ROLLOUTS, check_tokenizer, load_episodes
 from fastguide.train.episodes import Episode
 from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes
 from fastguide.train.prefix import PrefixConfig, PrefixTrainer
@@ -108,7 +110,13 @@ def train_guide(
         ValueError: the data are missing or unfinished, do not vary, or a setting is not allowed.
     """
     how = KINDS[kind]
+    if not 0.0 <= held_out < 1.0:
+        raise ValueError(f"held_out is {held_out}; allowed are numbers from 0 to below 1")
     shards = Shards(data)
+    if (tokenizer := find_tokenizer(base)) is not None:
+        check_tokenizer(shards, str(base), tokenizer)
+    if validation is not None:
+        Shards(validation)  # said before anything is trained
     episodes, scale = load_episodes(data, labels)
     if kind == "fudge":
         border = None if above is None else scale.standardise([above])[0]
@@ -118,14 +126,17 @@ def train_guide(
     facts: dict[str, Any] = {
         "policy": shards.about["policy"],
         "sampling": shards.about["sampling"],
-        "data": shards.digest(),
+        "data": shards.digest(ROLLOUTS, labels),
+        "max_tokens": shards.series[labels]["about"]["max_tokens"]
+        or shards.about["sampling"]["max_tokens"],
+        "held_out": held_out,
         "rollouts": len(episodes),
         "validation_episodes": len(valid),
     }
     if above is not None:
         facts["above"] = above
     targets = {name: getattr(config, name) for name in ("gamma", "lam") if hasattr(config, name)}
-    guide = GuideConfig(_lasting(base), scale, kind=how.guide, training=facts, **targets)
+    guide = GuideConfig(assets.lasting(base), scale, kind=how.guide, training=facts, **targets)
     value = ValueModel.create(base, config=guide, **model)
     trainer = how.trainer(value, config, train, valid, callbacks=list(callbacks))
     if on_start is not None:
@@ -145,11 +156,6 @@ def train_guide(
             value.save_pretrained(config.output_dir or ".", dtype=dtype, base_model=base_model)
     trainer.accelerator.wait_for_everyone()
     return metrics
-
-
-def _lasting(base: str | Path) -> str:
-    """The name of a backbone, also from another working directory."""
-    return str(Path(base).resolve()) if Path(base).is_dir() else str(base)
 
 
 def early_stopping(kind: str, patience: int) -> tuple[dict[str, Any], list[TrainerCallback]]:

@@ -18,6 +18,7 @@ from fastguide.train.collect import (
     ROLLOUTS,
     CollectConfig,
     OnProgress,
+    about_model,
     check_prompts,
     judged,
     label_series,
@@ -72,9 +73,11 @@ def collect_with_ray(
     """
     ray = ray_data()
     given = dict(options or {}) | ({} if gpus else {"device": "cpu"})
-    policy, context = ray.get(ray.remote(num_gpus=gpus)(_policy).remote(str(model), given))
+    asked = ray.remote(num_gpus=gpus)(_policy).remote(str(model), given)
+    policy, context, about = ray.get(asked)
     check_prompts(prompts, context)
     shards = open_shards(prompts, folder, config, policy)
+    shards.note(**about)
     of = shards.series[ROLLOUTS]["of"]
     missing = [n for n in range(of) if not shards.has(ROLLOUTS, n)]
     todo = [{"number": n, "prompts": _pack(shard_prompts(prompts, config, n))} for n in missing]
@@ -99,6 +102,7 @@ def label_with_ray(
     max_tokens: int | None = None,
     workers: int = 1,
     gpus: float = 0,
+    trust_remote_code: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Shards:
     """``label`` on ``workers`` copies of a reward, by its text; ``model`` has the tokenizer.
@@ -109,13 +113,14 @@ def label_with_ray(
     ray = ray_data()
     device = None if gpus else "cpu"
     spec = reward if isinstance(reward, str) else list(reward)
-    shards = label_series(folder, load_reward(spec, device="cpu"), name, max_tokens)
+    known = load_reward(spec, device="cpu", trust_remote_code=trust_remote_code)
+    shards = label_series(folder, known, name, max_tokens)
     of = shards.series[name]["of"]
     missing = [n for n in range(of) if not shards.has(name, n)]
     todo = [{"number": n, "rollouts": _ipc(shards.read(ROLLOUTS, n))} for n in missing]
     total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
     left = sum(shards.series[ROLLOUTS]["shards"][str(n)]["rows"] for n in missing)
-    arguments = (spec, device, str(model), max_tokens)
+    arguments = (spec, device, str(model), max_tokens, trust_remote_code)
     for number, table, failed in _stream(ray, todo, _Judge, arguments, workers, gpus):
         shards.write(name, number, table, failed=failed)
         left -= table.num_rows
@@ -124,9 +129,9 @@ def label_with_ray(
     return shards
 
 
-def _policy(model: str, options: dict[str, Any]) -> tuple[str, int]:
+def _policy(model: str, options: dict[str, Any]) -> tuple[str, int, dict[str, str]]:
     engine = Engine(model, guides={}, **options)
-    return engine.policy, engine.limits.context
+    return engine.policy, engine.limits.context, about_model(engine.model, engine.tokenizer)
 
 
 class _Sampler:
@@ -149,12 +154,18 @@ class _Judge:
     """A worker of the second stage."""
 
     def __init__(
-        self, spec: str | list[str], device: str | None, model: str, max_tokens: int | None
+        self,
+        spec: str | list[str],
+        device: str | None,
+        model: str,
+        max_tokens: int | None,
+        trust_remote_code: bool,
     ) -> None:
         from fastguide.models.loading import load_tokenizer
 
-        self._reward, self._max_tokens = load_reward(spec, device=device), max_tokens
-        self._tokenizer = load_tokenizer(model)
+        self._max_tokens = max_tokens
+        self._reward = load_reward(spec, device=device, trust_remote_code=trust_remote_code)
+        self._tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (number,), (packed,) = batch["number"], batch["rollouts"]

@@ -6,6 +6,7 @@ whoever is killed at any moment finds, when started again, what was finished and
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 MANIFEST_FILE = "manifest.json"
+LOCK_FILE = ".lock"
 FORMAT_VERSION = 2
 
 
@@ -82,15 +84,19 @@ class Shards:
         Raises:
             ValueError: the folder has such a series with other facts or another length.
         """
-        if name not in self.series:
-            self.series[name] = {"about": about, "of": of, "shards": {}}
-            self._save()
-        found = self.series[name]
-        if (found["about"], found["of"]) != (about, of):
-            raise ValueError(
-                f"{self.folder} holds {name!r} of {found['about']}, not of {about}; "
-                "choose another name or folder"
-            )
+        found = self.series.get(name)
+        if found is None or not found["shards"]:
+            with self._changing():
+                found = self.series.get(name)
+                if found is None or not found["shards"]:  # nothing is lost by beginning anew
+                    found = self.series[name] = {"about": about, "of": of, "shards": {}}
+        facts, given = found["about"] | {"shards": found["of"]}, about | {"shards": of}
+        for key in dict.fromkeys([*given, *facts]):
+            if facts.get(key) != given.get(key):
+                raise ValueError(
+                    f"{name!r} in {self.folder} has {key} {facts.get(key)!r}, not "
+                    f"{given.get(key)!r}; choose another name or folder"
+                )
 
     def has(self, name: str, number: int) -> bool:
         """Whether a shard is whole."""
@@ -109,8 +115,8 @@ class Shards:
         _rename(part, file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         entry = {"rows": table.num_rows, "sha256": digest, **facts}
-        self.series[name]["shards"][str(number)] = entry
-        self._save()
+        with self._changing():
+            self.series[name]["shards"][str(number)] = entry
 
     def read(self, name: str, number: int) -> pa.Table:
         """A whole shard.
@@ -140,21 +146,51 @@ class Shards:
         for number in range(self.series[name]["of"]):
             yield from self.read(name, number).to_pylist()
 
-    def digest(self) -> str:
-        """SHA-256 of the manifest: of everything in the folder."""
-        return hashlib.sha256(self._text().encode()).hexdigest()
+    def note(self, **facts: Any) -> None:
+        """Keep facts that do not decide whether the folder is continued."""
+        if self.notes != self.notes | facts:
+            with self._changing():
+                self._manifest.setdefault("notes", {}).update(facts)
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What was noted."""
+        notes: dict[str, Any] = self._manifest.get("notes", {})
+        return notes
+
+    def digest(self, *names: str) -> str:
+        """SHA-256 of what the manifest says of these series: of all their rows."""
+        facts = [self.about, [self.series[name] for name in names]]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _file(self, name: str, number: int) -> Path:
         return self.folder / f"{name}-{number:05d}.parquet"
 
-    def _text(self) -> str:
-        return json.dumps(self._manifest, indent=1, sort_keys=True)
-
-    def _save(self) -> None:
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change the manifest as it is now: others may write other series of this folder."""
         file = self.folder / MANIFEST_FILE
-        part = file.with_name(file.name + ".part")
-        part.write_text(self._text(), encoding="utf-8")
-        _rename(part, file)
+        with _locked(self.folder / LOCK_FILE):
+            if file.is_file():
+                self._manifest = json.loads(file.read_text(encoding="utf-8"))
+            yield
+            part = file.with_name(file.name + ".part")
+            text = json.dumps(self._manifest, indent=1, sort_keys=True)
+            part.write_text(text, encoding="utf-8")
+            _rename(part, file)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Wait for others who write; where the system has no such locks, nobody waits."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, even if this process is killed
+        yield
 
 
 def _rename(part: Path, file: Path) -> None:

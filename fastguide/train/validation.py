@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fastguide.engine import Engine
-from fastguide.models.guide_config import RewardScale
+from fastguide.models.guide_config import GuideConfig
 from fastguide.models.value import ValueModel
-from fastguide.rewards import Reward, Sample, judge
+from fastguide.rewards import Reward, Sample, judge_most, spec_of
 from fastguide.train.collect import CollectConfig, OnProgress, collect, read
 from fastguide.train.episodes import Rollout
 from fastguide.train.shards import Shards
@@ -69,6 +69,7 @@ def make_validation(
     max_tokens: int,
     completions: int = 10,
     temperature: float = 0.7,
+    held_out: float | None = None,
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Shards:
@@ -85,6 +86,8 @@ def make_validation(
         max_tokens: of whole responses, as in the collection.
         completions: m.
         temperature: of the completions.
+        held_out: the share of prompts that these are from; a guide that held out less has seen
+            some of them, and is refused.
         seed: of the completions.
         on_progress: told after each completion.
 
@@ -104,7 +107,15 @@ def make_validation(
     shards = collect(
         engine, prefixes, folder, config, policy=policy, limits=limits, on_progress=on_progress
     )
-    shards.begin(LABELS, of=1, reward=reward.name, per_token=reward.per_token)
+    shards.begin(
+        LABELS,
+        of=1,
+        reward=reward.name,
+        spec=spec_of(reward),
+        per_token=reward.per_token,
+        max_tokens=max_tokens,
+        held_out=held_out,
+    )
     if not shards.has(LABELS, 0):
         shards.write(LABELS, 0, _judged(shards, chosen, halves, reward, decode))
     return shards
@@ -130,7 +141,8 @@ def _judged(
         whole = source.response_ids[: halves[rollout.prompt]] + rollout.response_ids
         samples.append(Sample(decode(source.prompt_ids), decode(whole), len(whole)))
         where.append((row, len(rollout.response_ids)))
-    for (row, tokens), value in zip(where, judge(reward, samples)[0], strict=True):
+    values, _ = judge_most(reward, samples, lambda i: f"completion {i}")
+    for (row, tokens), value in zip(where, values, strict=True):
         if value is not None:
             row["rewards"].append(value)
             row["tokens"].append(tokens)
@@ -144,31 +156,52 @@ def _judged(
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def labels(folder: str | Path, scale: RewardScale) -> tuple[list[list[int]], list[list[float]]]:
-    """Prefixes, and for each its completions' rewards in the unit of a guide.
+def labels(folder: str | Path, config: GuideConfig) -> tuple[list[list[int]], list[list[float]]]:
+    """Prefixes, and for each its completions' discounted returns in the unit of a guide.
 
     Of a reward per token, what counts is what is still to come. Its unit has a shift that all
     prefixes share, which is left out: ``validate`` compares without it.
 
     Raises:
-        ValueError: the folder is no validation set, unfinished, or of another reward.
+        ValueError: the folder is no validation set or unfinished; the guide is no value model, or
+            is of another reward, policy or length of responses, or has trained on its prompts.
     """
     shards = Shards(folder)
     rows = list(shards.rows(LABELS))
-    about = shards.series[LABELS]["about"]
-    if about["reward"] != scale.name:
+    scale, gamma = config.reward, config.gamma
+    about = shards.series[LABELS]["about"] | {"policy": shards.about["policy"]}
+    if config.kind != "value":
+        raise ValueError(f"the guide is a {config.kind}; allowed are value models")
+    ours = {"reward": scale.name} | {
+        name: config.training[name] for name in ("policy", "max_tokens") if name in config.training
+    }
+    for name, fact in ours.items():
+        if about[name] != fact:
+            raise ValueError(
+                f"the validation set {folder} has {name} {about[name]!r}, the guide {fact!r}"
+            )
+    share, kept = about["held_out"], config.training.get("held_out")
+    if share is not None and kept is not None and kept < share:
         raise ValueError(
-            f"the validation set {folder} is of {about['reward']!r}, the guide of {scale.name!r}"
+            f"the validation set {folder} is of {share:.0%} of the prompts, of which the guide "
+            f"held out {kept:.0%}; allowed is no more than that"
         )
     prefixes, values = [], []
     for row in rows:
         if row["rewards"]:
             prefixes.append(row["prefix_ids"])
             if scale.per_token:
-                values.append([about["per_token"] * n / scale.std for n in row["tokens"]])
+                paid = [about["per_token"] * _discounted(n, gamma) for n in row["tokens"]]
+                values.append([reward / scale.std for reward in paid])
             else:
-                values.append(scale.standardise(row["rewards"]))
+                ends = scale.standardise(row["rewards"])
+                values.append([gamma**n * end for n, end in zip(row["tokens"], ends, strict=True)])
     return prefixes, values
+
+
+def _discounted(tokens: int, gamma: float) -> float:
+    """What so many payments of 1 are worth, the first of them one step ahead."""
+    return sum(gamma**i for i in range(1, tokens + 1)) if gamma != 1.0 else float(tokens)
 
 
 @torch.inference_mode()
@@ -179,7 +212,7 @@ def validate(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> 
         ValueError: as ``labels``; or fewer than two prefixes.
     """
     scale = model.config.reward
-    prefixes, rewards = labels(folder, scale)
+    prefixes, rewards = labels(folder, model.config)
     if len(prefixes) < 2:
         raise ValueError(f"the validation set {folder} has {len(prefixes)} prefixes; 2 are needed")
     device = next(model.head.parameters()).device

@@ -12,9 +12,11 @@ import torch
 
 from fastguide import Engine
 from fastguide.kernels.reference import td_lambda
+from fastguide.models.loading import load_tokenizer
 from fastguide.rewards import FunctionReward, Sample, load_reward
 from fastguide.train.collect import (
     CollectConfig,
+    check_tokenizer,
     collect,
     failures,
     label,
@@ -177,7 +179,7 @@ def test_rewards_stand_beside_the_responses(engine: Engine, whole: Path, tmp_pat
     assert [len(e.response_ids) for e in episodes] == [len(r.response_ids) for r in rollouts]
     with pytest.raises(ValueError, match="'brevity' must vary"):  # all have 6 tokens
         load_episodes(folder, "brevity")
-    with pytest.raises(ValueError, match=r"holds 'brevity' of .*'brevity'.* not of .*'length'"):
+    with pytest.raises(ValueError, match=r"'brevity' in .* has reward 'brevity', not 'length'"):
         label(folder, load_reward("length"), decode, name="brevity")
     with pytest.raises(ValueError, match="has no 'joy'; it has both, brevity, reward, rollouts"):
         load_episodes(folder, "joy")
@@ -248,3 +250,59 @@ def test_episodes_are_cut_and_standardised() -> None:
 
 def test_samples_say_how_many_tokens_they_have() -> None:
     assert load_reward("length")([Sample("p", "r", 5)]) == [5.0]
+
+
+def test_two_who_write_one_folder_lose_nothing(engine: Engine, whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    one, other = Shards(folder), Shards(folder)
+    for shards, name in ((one, "one"), (other, "two")):
+        shards.begin(name, of=1, reward=name)
+    table = one.read("rollouts", 0)
+    one.write("one", 0, table)
+    other.write("two", 0, table)
+    assert {"rollouts", "one", "two"} == set(Shards(folder).series)
+    assert Shards(folder).complete("one")
+
+
+def test_what_was_begun_in_vain_can_be_begun_otherwise(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    with pytest.raises(ValueError, match="failed on 4 of 4 samples"):
+        label(folder, load_reward("checker:./nowhere-at-all"), str, name="right")
+    label(folder, load_reward("length"), str, name="right")
+    with pytest.raises(ValueError, match=r"'right' in .* has reward 'length', not 'vader'"):
+        label(folder, load_reward("vader"), str, name="right")
+
+
+def test_another_series_is_no_other_data(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    label(folder, load_reward("length"), str)
+    before = Shards(folder).digest("rollouts", "reward")
+    label(folder, load_reward("vader"), str, name="more")
+    assert Shards(folder).digest("rollouts", "reward") == before
+    assert Shards(folder).digest("rollouts", "more") != before
+
+
+def test_sums_are_read_back_from_their_series(engine: Engine, whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    reward = load_reward(["cheerfulness", "0.0123456789*brevity", "-1e-9*regex:a + b"])
+    label(folder, reward, engine.tokenizer.decode)
+    again = load_reward(Shards(folder).series["reward"]["about"]["spec"])
+    assert again.name == reward.name
+    samples = [Sample("", "A cat. a   b", 3)]
+    assert again(samples) == reward(samples)
+
+
+def test_another_tokenizer_is_refused(whole: Path, tmp_path: Path) -> None:
+    other = Path("../shared/models/stories260k")
+    if not other.is_dir():
+        pytest.skip("shared/models is absent")
+    shards = Shards(whole)
+    assert shards.notes["model"] == "stories"
+    with pytest.raises(ValueError, match=r"is of 'stories', and .*stories260k' has another token"):
+        check_tokenizer(shards, str(other), load_tokenizer(other))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, float("nan")])
+def test_wrong_temperatures_are_refused_before_anything_is_written(temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"temperature is .*; allowed are numbers above 0"):
+        CollectConfig(temperature=temperature)

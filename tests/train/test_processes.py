@@ -32,7 +32,7 @@ torch.manual_seed(0)
 model = ValueModel.create("stories", lora_rank=2)
 config = ValueConfig(
     output_dir=str(folder), per_device_train_batch_size=int(sys.argv[2]), num_train_epochs=2,
-    learning_rate=1e-1, optim="sgd", max_grad_norm=1e9, use_cpu=True, save_strategy="no",
+    learning_rate=3e-3, optim="sgd", max_grad_norm=1e9, use_cpu=True, save_strategy="no",
     disable_tqdm=True,
     ema=0.5,
 )
