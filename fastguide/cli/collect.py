@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from fastguide.train.shards import Shards
 
 
+MOST_REASONS = 5
+"""Samples without a reward that are named."""
+
+
 def collect(
     out: options.Folder,
     prompts: options.Prompts = None,
@@ -200,11 +204,13 @@ def _label(
 
 
 def _say(shards: Shards, total: int, name: str) -> None:
-    from fastguide.train.collect import failures
+    from fastguide.train.collect import failures, reasons
 
     failed, reward = failures(shards, name), shards.series[name]["about"]["reward"]
-    left_out = f"; {failed} could not be judged and are left out" if failed else ""
+    left_out = f"; {failed} could not be judged and are left out, such as" if failed else ""
     typer.echo(f"{total - failed} rewards ({reward}) as {name!r} in {shards.folder}{left_out}")
+    for reason in reasons(shards, name)[:MOST_REASONS]:
+        typer.echo(f"  {reason}")
 
 
 def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:

@@ -94,11 +94,14 @@ class Printer:
     def choose(self, choice: Choice) -> None:
         """Take the best completion of a prompt, which stands for all its samples."""
         if choice.best is None:
-            errors = [c for c in choice.completions if c.error is not None]
-            reason = errors[0].error if errors else "no response could be judged"
-            prompt = choice.prompt
-            self.add(Completion(prompt, 0, finish_reason="error", error=reason))
+            errors = [c.error for c in choice.completions if c.error is not None]
+            unjudged = f"prompt {choice.prompt}: no response could be judged"
+            reason = errors[0] if errors else f"{unjudged}, {choice.failures[0]}"
+            self.add(Completion(choice.prompt, 0, finish_reason="error", error=reason))
             return
+        if choice.failures:
+            unjudged = f"{len(choice.failures)} of {len(choice.rewards)} responses are not judged"
+            typer.echo(f"prompt {choice.prompt}: {unjudged}, {choice.failures[0]}", err=True)
         self._rewards[choice.prompt] = choice.reward
         self.add(dataclasses.replace(choice.best, sample=0))
 

@@ -14,7 +14,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 _ALLOWED = "a text, a list of token ids, or chat messages with 'role' and 'content'"
 
-_CONTEXT_TOKENS = 6  # prompt tokens decoded along, so that a first space or a split rune is right
+CONTEXT_TOKENS = 6  # prompt tokens decoded along, so that a first space or a split rune is right
 _REPLACEMENT = "�"
 
 
@@ -105,7 +105,7 @@ class TextStream:
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
-        self._ids = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         self._start, self._read = 0, len(self._ids)
         self._stop = tuple(stop)
         self._given = 0

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fastguide.rewards import MOST_FAILURES
+
 SYSTEM = (
     "You are a helpful assistant whose goal is to decide on a preferred answer to a question in a "
     'dialogue. Answer by printing only a single choice from ["Output (a)", "Output (b)"] '
@@ -79,12 +81,16 @@ class Judge:
 
         Returns:
             One number per pair; None where the judge gave no answer that can be read.
+
+        Raises:
+            ValueError: more than 5 % of the pairs have none: how many, and why the last.
         """
+        reasons: list[str] = []
         batches = [pairs[i : i + self.batch] for i in range(0, len(pairs), self.batch)]
         questions = [(batch, swapped) for batch in batches for swapped in (False, True)]
         answers: list[list[bool] | None] = []
         with ThreadPoolExecutor(self.workers) as pool:
-            for found in pool.map(lambda q: self._ask(*q), questions):
+            for found in pool.map(lambda q: self._ask(*q, reasons), questions):
                 answers.append(found)
                 if on_progress is not None:
                     on_progress(len(answers))
@@ -94,9 +100,15 @@ class Judge:
                 wins += [None] * len(batch)
             else:
                 wins += [(a + (not b)) / 2 for a, b in zip(plain, swapped, strict=True)]
+        missing = wins.count(None)
+        if missing > MOST_FAILURES * len(pairs):
+            raise ValueError(
+                f"the judge {self.model!r} at {self.url} gave no answer on {missing} of "
+                f"{len(pairs)} pairs (allowed are 5 %), last: {reasons[-1]}"
+            )
         return wins
 
-    def _ask(self, batch: Sequence[Pair], swapped: bool) -> list[bool] | None:
+    def _ask(self, batch: Sequence[Pair], swapped: bool, reasons: list[str]) -> list[bool] | None:
         """Whether (a) is preferred, for each example; None without a readable answer."""
         body = {
             "model": self.model,
@@ -112,11 +124,17 @@ class Judge:
                 time.sleep(min(2.0**attempt, 30.0))
             try:
                 text = self._post(body)
-            except (OSError, ValueError, LookupError):
+            except urllib.error.HTTPError as error:
+                said = error.read(500).decode(errors="replace")
+                reasons.append(f"HTTP {error.code}: {' '.join(said.split())}")
+                continue
+            except (OSError, ValueError, LookupError) as error:
+                reasons.append(f"{type(error).__name__}: {error}")
                 continue
             found = [choice.lower() == "a" for choice in _ANSWER.findall(text)]
             if len(found) == len(batch):
                 return found
+            reasons.append(f"an answer with {len(found)} choices for {len(batch)}: {text!r:.200}")
         return None
 
     def _post(self, body: dict[str, Any]) -> str:

@@ -19,7 +19,10 @@ from fastguide.models.loading import (
 )
 from fastguide.rewards.base import Sample
 
-ON = ("text", "pair", "response")
+UNLIMITED = 2**20
+"""Stands for no limit: tokenizers that have none say so by a number that is too large for them."""
+
+ON = ("text", "pair", "response", "chat")
 
 
 class ClassifierReward:
@@ -31,7 +34,8 @@ class ClassifierReward:
     Args:
         path: local path or hub id.
         on: ``text`` (prompt and response in one), ``pair`` (as a pair of texts, as reward models
-            on encoders want them) or ``response`` alone (sentiment classifiers).
+            on encoders want them), ``response`` alone (sentiment classifiers) or ``chat`` (as a
+            user's message and its answer, in the template of the tokenizer).
         label: name or number of the label, where there are several.
         batch_size: texts of one pass.
         device: None picks CUDA where there is one.
@@ -49,7 +53,7 @@ class ClassifierReward:
         self,
         path: str | Path,
         *,
-        on: Literal["text", "pair", "response"] = "text",
+        on: Literal["text", "pair", "response", "chat"] = "text",
         label: str | int | None = None,
         batch_size: int = 16,
         device: str | torch.device | None = None,
@@ -74,6 +78,8 @@ class ClassifierReward:
         self._label = _label(self._model.config, label, str(path))
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._tokenizer.truncation_side = "left"
+        if on == "chat" and self._tokenizer.chat_template is None:
+            raise ValueError(f"on is 'chat', but the tokenizer of {str(path)!r} has no template")
         self._longest = _longest(self._model.config, self._tokenizer.model_max_length)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -98,7 +104,12 @@ class ClassifierReward:
         if self.on == "pair":
             texts = [[s.prompt for s in samples], [s.response for s in samples]]
         batch = self._tokenizer(
-            *texts, padding=True, truncation=True, max_length=self._longest, return_tensors="pt"
+            *texts,
+            padding=True,
+            truncation=True,
+            max_length=self._longest,
+            add_special_tokens=self.on != "chat",  # the template has them
+            return_tensors="pt",
         ).to(self._model.device)
         logits: Tensor = self._model(**batch).logits.float()
         if self._label is None:
@@ -106,6 +117,10 @@ class ClassifierReward:
         return torch.log_softmax(logits, dim=-1)[:, self._label].tolist()
 
     def _text(self, sample: Sample) -> str:
+        if self.on == "chat":
+            roles = {"user": sample.prompt, "assistant": sample.response}
+            chat = [{"role": role, "content": text} for role, text in roles.items()]
+            return str(self._tokenizer.apply_chat_template(chat, tokenize=False))
         # A text without a token cannot be read: it is judged as one space.
         text = sample.response if self.on == "response" else sample.prompt + sample.response
         return text or " "
@@ -113,7 +128,7 @@ class ClassifierReward:
 
 def _longest(config: Any, of_tokenizer: int) -> int:
     """Most tokens of a text."""
-    context = context_length(config) or of_tokenizer
+    context = context_length(config) or min(of_tokenizer, UNLIMITED)
     if "roberta" in config.model_type:  # its positions begin behind the padding token's
         context -= config.pad_token_id + 1
     return min(context, of_tokenizer)

@@ -28,7 +28,7 @@ REWARDS: dict[str, Reward] = {
 
 KINDS = (
     *REWARDS,
-    "classifier:PATH[?on=text|pair|response&label=NAME]",
+    "classifier:PATH[?on=text|pair|response|chat&label=NAME]",
     "regex:PATTERN",
     "checker:COMMAND",
     "MODULE:FUNCTION",

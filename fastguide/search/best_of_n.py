@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastguide.config import Rule
 from fastguide.engine import Engine
@@ -35,12 +35,14 @@ class Choice:
             response could be judged.
         completions: all responses, best included, in the order of their samples.
         rewards: theirs; None where one could not be judged.
+        failures: why, for each of those.
     """
 
     prompt: int
     best: Completion | None
     completions: list[Completion]
     rewards: list[float | None]
+    failures: list[str] = field(default_factory=list)
 
     @property
     def reward(self) -> float | None:
@@ -90,12 +92,13 @@ def choose(prompt: str, completions: Sequence[Completion], reward: Reward) -> Ch
     """The best of responses to one prompt."""
     ordered = sorted(completions, key=lambda c: c.sample)
     sound = [c for c in ordered if c.error is None]
-    values, _ = judge(reward, [Sample(prompt, c.text, len(c.token_ids)) for c in sound])
+    values, failed = judge(reward, [Sample(prompt, c.text, len(c.token_ids)) for c in sound])
     found = dict(zip((c.sample for c in sound), values, strict=True))
     rewards = [found.get(c.sample) for c in ordered]
     judged = [(value, -i) for i, value in enumerate(rewards) if value is not None]
     best = ordered[-max(judged)[1]] if judged else None
-    return Choice(ordered[0].prompt, best, ordered, rewards)
+    reasons = [f"sample {sound[f.sample].sample}: {f.reason}" for f in failed]
+    return Choice(ordered[0].prompt, best, ordered, rewards, reasons)
 
 
 def best_weights(total: int, n: int) -> list[float]:

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastguide.engine import Engine
+from fastguide.engine.text import CONTEXT_TOKENS
 from fastguide.models.guide_config import RewardScale
 from fastguide.request import SamplingParams, sample_seed
 from fastguide.rewards import MOST_FAILURES, Reward, Sample, judge_most, spec_of
@@ -27,6 +28,9 @@ from fastguide.train.shards import Shards
 
 ROLLOUTS = "rollouts"
 """The series of responses; every other series of a folder is of rewards."""
+
+REASONS = 3
+"""Samples of a shard without a reward that the manifest names."""
 
 OnProgress = Callable[[int, int], None]
 """Told how many of how many responses are done."""
@@ -242,7 +246,7 @@ def label(
         rollouts = rollouts_of(shards.read(ROLLOUTS, number))
         if not shards.has(name, number):
             table, failed = judged(rollouts, reward, decode, max_tokens)
-            shards.write(name, number, table, failed=failed)
+            shards.write(name, number, table, failed=len(failed), reasons=failed[:REASONS])
         done += len(rollouts)
         if on_progress is not None:
             on_progress(done, sum(rows))
@@ -271,8 +275,8 @@ def judged(
     reward: Reward,
     decode: Callable[[Sequence[int]], str],
     max_tokens: int | None,
-) -> tuple[Any, int]:
-    """A shard of rewards, row by row beside the responses, and how many could not be judged.
+) -> tuple[Any, list[str]]:
+    """A shard of rewards, row by row beside the responses, and which could not be judged, and why.
 
     Raises:
         ValueError: more than 5 % of them could not.
@@ -282,10 +286,12 @@ def judged(
     samples = []
     for rollout in rollouts:
         ids = rollout.response_ids[:max_tokens]
-        samples.append(Sample(decode(rollout.prompt_ids), decode(ids), len(ids)))
-    values, failures = judge_most(
-        reward, samples, lambda i: f"prompt {rollouts[i].prompt}, sample {rollouts[i].sample}"
-    )
+        samples.append(sample_of(rollout.prompt_ids, ids, decode))
+
+    def where(i: int) -> str:
+        return f"prompt {rollouts[i].prompt}, sample {rollouts[i].sample}"
+
+    values, failures = judge_most(reward, samples, where)
     reasons = {failure.sample: failure.reason for failure in failures}
     table = pa.table(
         {
@@ -294,7 +300,20 @@ def judged(
             "failure": pa.array([reasons.get(i) for i in range(len(samples))], pa.string()),
         }
     )
-    return table, len(failures)
+    return table, [f"{where(f.sample)}: {f.reason}" for f in failures]
+
+
+def sample_of(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
+) -> Sample:
+    """Prompt and response as texts, for a reward.
+
+    The response is read after the prompt's last tokens: alone, some tokenizers would drop the
+    space that it begins with.
+    """
+    last = list(prompt_ids[-CONTEXT_TOKENS:])
+    text = decode([*last, *response_ids])[len(decode(last)) :]
+    return Sample(decode(prompt_ids), text, len(response_ids))
 
 
 def load_episodes(folder: str | Path, labels: str = "reward") -> tuple[list[Episode], RewardScale]:
@@ -318,6 +337,12 @@ def load_episodes(folder: str | Path, labels: str = "reward") -> tuple[list[Epis
 def failures(shards: Shards, name: str) -> int:
     """How many responses a series leaves out."""
     return sum(entry.get("failed", 0) for entry in shards.series[name]["shards"].values())
+
+
+def reasons(shards: Shards, name: str) -> list[str]:
+    """Some of the responses that a series of rewards leaves out, and why."""
+    entries = shards.series[name]["shards"].values()
+    return [reason for entry in entries for reason in entry.get("reasons", [])]
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

@@ -15,10 +15,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastguide.assets import resolve
-from fastguide.models.loading import load_tokenizer
+from fastguide.models.loading import load_tokenizer, one_line
+from fastguide.train.prefix import last_checkpoint
 
-COLUMNS = {"reward": ("chosen", "rejected"), "sft": ("text",)}
-"""What the files of each kind must hold; ``reward`` may have a ``prompt`` besides."""
+COLUMNS = {"reward": [("chosen", "rejected")], "sft": [("text",), ("messages",)]}
+"""What the files of each kind must hold, one or the other; ``reward`` may have a ``prompt``."""
 
 
 def trl() -> Any:
@@ -47,14 +48,17 @@ def read_rows(kind: str, files: Sequence[str | Path]) -> Any:
     if any(parquet) and not all(parquet):
         raise ValueError("some files are Parquet and some are not; allowed is one type at a time")
     loader = "parquet" if all(parquet) else "json"
-    rows = datasets.load_dataset(loader, data_files=[str(path) for path in paths], split="train")
-    needed = COLUMNS[kind]
-    if missing := [name for name in needed if name not in rows.column_names]:
-        raise ValueError(
-            f"the rows have {', '.join(rows.column_names)}, but no {missing[0]!r}; needed are "
-            f"{', '.join(needed)}"
-        )
-    return rows.select_columns([n for n in (*needed, "prompt") if n in rows.column_names])
+    files = [str(path) for path in paths]
+    try:
+        rows = datasets.load_dataset(loader, data_files=files, split="train")
+    except Exception as error:
+        reason = one_line(error.__cause__ or error)
+        raise ValueError(f"cannot read rows from {', '.join(files)}: {reason}") from error
+    for needed in COLUMNS[kind]:
+        if set(needed) <= set(rows.column_names):
+            return rows.select_columns([n for n in (*needed, "prompt") if n in rows.column_names])
+    allowed = " or ".join(" and ".join(needed) for needed in COLUMNS[kind])
+    raise ValueError(f"the rows have {', '.join(rows.column_names)}; needed are {allowed}")
 
 
 def train_reward(
@@ -101,7 +105,7 @@ def train_reward(
         processing_class=tokenizer,
         callbacks=list(callbacks),
         peft_config=_lora(lora_rank, "SEQ_CLS", modules_to_save=["score"]),
-        **_split(rows, held_out, config.seed),
+        **_split(_tokens(rows, tokenizer, config.max_length), held_out, config.seed),
     )
     return _finish(trainer, tokenizer)
 
@@ -138,6 +142,27 @@ def train_sft(
     return _finish(trainer, tokenizer)
 
 
+def _tokens(rows: Any, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> Any:
+    """Pairs as token ids: the texts as they are.
+
+    TRL would end each with an end of text, which guides and rewards of unfinished texts never
+    see, and drop long ones, which here lose their beginning, as ``ClassifierReward`` reads them.
+    """
+
+    def ids(prompt: Any, response: Any) -> list[int]:
+        if isinstance(response, str):
+            found = tokenizer((prompt or "") + response).input_ids
+        else:
+            chat = tokenizer.apply_chat_template([*(prompt or []), *response], return_dict=True)
+            found = chat["input_ids"]
+        return list(found[-longest:] if longest else found)
+
+    def pair(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {f"{side}_ids": ids(row.get("prompt"), row[side]) for side in ("chosen", "rejected")}
+
+    return rows.map(pair, remove_columns=rows.column_names, desc="tokens")
+
+
 def _pad(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -161,11 +186,8 @@ def _split(rows: Any, held_out: float, seed: int) -> dict[str, Any]:
 
 
 def _finish(trainer: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = Path(trainer.args.output_dir)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     metrics: dict[str, float] = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)

@@ -61,6 +61,13 @@ class PrefixConfig(TrainingArguments):
             self.dataloader_pin_memory = False
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of an output folder that was written to its end."""
+    whole = [file.parent for file in folder.glob(f"checkpoint-*/{STATE_FILE}")]
+    newest = max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
+
+
 class Episodes(Dataset):
     """Episodes as a dataset of transformers' trainer."""
 
@@ -268,11 +275,8 @@ class PrefixTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def last_checkpoint(self) -> str | None:
-        """The newest checkpoint of the output folder that was written to its end."""
-        folder = Path(str(self.args.output_dir))
-        whole = [file.parent for file in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-        newest = max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
-        return None if newest is None else str(newest)
+        """See ``last_checkpoint``."""
+        return last_checkpoint(Path(str(self.args.output_dir)))
 
 
 HYPERPARAMETERS = (

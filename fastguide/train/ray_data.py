@@ -15,6 +15,7 @@ from typing import Any
 from fastguide.engine import Engine
 from fastguide.rewards import load_reward
 from fastguide.train.collect import (
+    REASONS,
     ROLLOUTS,
     CollectConfig,
     OnProgress,
@@ -83,7 +84,7 @@ def collect_with_ray(
     todo = [{"number": n, "prompts": _pack(shard_prompts(prompts, config, n))} for n in missing]
     done, every = len(prompts) * config.samples_per_prompt, config.samples_per_prompt
     left = every * sum(len(shard_prompts(prompts, config, n)) for n in missing)
-    for number, table, failed in _stream(
+    for number, table, failed, _ in _stream(
         ray, todo, _Sampler, (str(model), given, config), workers, gpus
     ):
         shards.write(ROLLOUTS, number, table, failed=failed)
@@ -121,8 +122,8 @@ def label_with_ray(
     total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
     left = sum(shards.series[ROLLOUTS]["shards"][str(n)]["rows"] for n in missing)
     arguments = (spec, device, str(model), max_tokens, trust_remote_code)
-    for number, table, failed in _stream(ray, todo, _Judge, arguments, workers, gpus):
-        shards.write(name, number, table, failed=failed)
+    for number, table, failed, reasons in _stream(ray, todo, _Judge, arguments, workers, gpus):
+        shards.write(name, number, table, failed=failed, reasons=reasons)
         left -= table.num_rows
         if on_progress is not None:
             on_progress(total - left, total)
@@ -147,7 +148,8 @@ class _Sampler:
         limits = [config.max_tokens] * len(prompts)
         table = table_of(list(sample(self._engine, prompts, first, config, limits)))
         failed = len(prompts) * config.samples_per_prompt - table.num_rows
-        return {"number": [int(number)], "table": [_ipc(table)], "failed": [failed]}
+        facts = {"failed": [failed], "reasons": [""]}
+        return {"number": [int(number)], "table": [_ipc(table)], **facts}
 
 
 class _Judge:
@@ -175,7 +177,9 @@ class _Judge:
 
         rollouts = rollouts_of(_table(packed))
         table, failed = judged(rollouts, self._reward, decode, self._max_tokens)
-        return {"number": [int(number)], "table": [_ipc(table)], "failed": [failed]}
+        reasons = "\n".join(" ".join(reason.split()) for reason in failed[:REASONS])
+        facts = {"failed": [len(failed)], "reasons": [reasons]}
+        return {"number": [int(number)], "table": [_ipc(table)], **facts}
 
 
 def _stream(
@@ -185,8 +189,8 @@ def _stream(
     arguments: tuple[Any, ...],
     workers: int,
     gpus: float,
-) -> Iterator[tuple[int, Any, int]]:
-    """What the workers make of the items, as it comes: number, table and failures of a shard."""
+) -> Iterator[tuple[int, Any, int, list[str]]]:
+    """What the workers make of the items, as it comes: number, table, failures, some reasons."""
     if not items:
         return
     data = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
@@ -197,7 +201,8 @@ def _stream(
         num_gpus=gpus,
     )
     for row in data.iter_rows():
-        yield int(row["number"]), _table(row["table"]), int(row["failed"])
+        reasons = str(row["reasons"]).splitlines()
+        yield int(row["number"]), _table(row["table"]), int(row["failed"]), reasons
 
 
 def _pack(prompts: list[list[int]]) -> str:

@@ -20,8 +20,8 @@ import torch
 from fastguide.engine import Engine
 from fastguide.models.guide_config import GuideConfig
 from fastguide.models.value import ValueModel
-from fastguide.rewards import Reward, Sample, judge_most, spec_of
-from fastguide.train.collect import CollectConfig, OnProgress, collect, read
+from fastguide.rewards import Reward, judge_most, spec_of
+from fastguide.train.collect import CollectConfig, OnProgress, collect, read, sample_of
 from fastguide.train.episodes import Rollout
 from fastguide.train.shards import Shards
 
@@ -139,7 +139,7 @@ def _judged(
         row, source = rows[rollout.prompt], chosen[rollout.prompt]
         row["prefix_ids"] = list(rollout.prompt_ids)
         whole = source.response_ids[: halves[rollout.prompt]] + rollout.response_ids
-        samples.append(Sample(decode(source.prompt_ids), decode(whole), len(whole)))
+        samples.append(sample_of(source.prompt_ids, whole, decode))
         where.append((row, len(rollout.response_ids)))
     values, _ = judge_most(reward, samples, lambda i: f"completion {i}")
     for (row, tokens), value in zip(where, values, strict=True):

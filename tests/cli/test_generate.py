@@ -278,4 +278,4 @@ def test_best_of_n_says_so_where_no_response_can_be_judged(run):
     words = ("--best-of", 2, "--reward", "checker:./nowhere-at-all")
     result = run("generate", "Once", *SHORT, *words)
     assert result.exit_code == 2
-    assert "no response could be judged" in result.stderr
+    assert "prompt 0: no response could be judged, sample 0: FileNotFoundError" in result.stderr

@@ -126,8 +126,17 @@ def test_what_is_not_answered_is_not_counted(server: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     server.answer = lambda text: "I would rather not say." if "Q6" in text else None
     judge = Judge(server.url, "m", attempts=2)
-    assert judge.wins(PAIRS) == [None] * 7
+    with pytest.raises(ValueError, match=r"no answer on 7 of 7 pairs .*, last: an answer with 0"):
+        judge.wins(PAIRS)
     assert len(server.asked) == 8
+    server.answer = lambda text: None
+    with pytest.raises(ValueError, match="last: HTTP 503"):
+        judge.wins(PAIRS)
+    many = [Pair(f"Q{i}", "longer", "x") for i in range(40)]
+    rare = Judge(server.url, "m", batch=1, attempts=1)
+    server.answer = lambda text: "?" if "Q6\n" in text else answers(text, lambda a, b: a > b)
+    found = rare.wins(many)
+    assert [i for i, win in enumerate(found) if win is None] == [6]
     with pytest.raises(ValueError, match="url is 'localhost'"):
         Judge("localhost", "m")
 

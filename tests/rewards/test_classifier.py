@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_one_of_several_labels(classifiers: Any) -> None:
 
 def test_wrong_options_are_named(classifiers: Any, tmp_path: Path) -> None:
     path = classifiers("bert")
-    with pytest.raises(ValueError, match="on is 'all'; allowed are text, pair, response"):
+    with pytest.raises(ValueError, match="on is 'all'; allowed are text, pair, response, chat"):
         load_reward(f"classifier:{path}?on=all")
     with pytest.raises(ValueError, match="has the option 'lable'; allowed are on, label"):
         load_reward(f"classifier:{path}?lable=x")
@@ -136,3 +137,16 @@ def test_wrong_options_are_named(classifiers: Any, tmp_path: Path) -> None:
     # A language model has no head that judges.
     with pytest.raises(ValueError, match=r"are not all that a .* has"):
         load_reward(f"classifier:{packaged('stories')}")
+
+
+def test_chats_are_judged_in_their_template(classifiers: Any, tmp_path: Path) -> None:
+    path = classifiers("llama")
+    with pytest.raises(ValueError, match=r"on is 'chat', but the tokenizer of .* has no template"):
+        load_reward(f"classifier:{path}?on=chat")
+    shutil.copytree(path, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    chat = load_reward(f"classifier:{tmp_path / 'chat'}?on=chat", device="cpu")
+    plain = load_reward(f"classifier:{path}?on=response", device="cpu")
+    assert chat([Sample("Hi", "No", 1)]) == plain([Sample("", "<user>Hi<assistant>No", 1)])

@@ -211,18 +211,24 @@ def test_a_sample_that_cannot_be_judged_is_left_out(tmp_path: Path) -> None:
     rollouts = [Rollout(i, 0, (1,), (2, i), "stop") for i in range(40)]
 
     def reward(prompt: str, response: str) -> float:
-        if response == "(2, 7)":
+        if response == " 2 7":
             raise RuntimeError("no opinion")
-        return float("nan") if response == "(2, 9)" else len(response)
+        return float("nan") if response == " 2 9" else len(response)
 
-    table, failed = judged(rollouts, FunctionReward(reward), str, None)
-    assert failed == 2
+    def decode(ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    table, failed = judged(rollouts, FunctionReward(reward), decode, None)
+    assert failed == [
+        "prompt 7, sample 0: RuntimeError: no opinion",
+        "prompt 9, sample 0: the reward is nan",
+    ]
     rows = table.to_pylist()
     assert [i for i, row in enumerate(rows) if row["reward"] is None] == [7, 9]
     assert rows[7]["failure"] == "RuntimeError: no opinion"
     assert rows[9]["failure"] == "the reward is nan"
     with pytest.raises(ValueError, match=r"failed on 2 of 10 .* prompt 7, sample 0: RuntimeError"):
-        judged(rollouts[:10], FunctionReward(reward), str, None)
+        judged(rollouts[:10], FunctionReward(reward), decode, None)
 
 
 def test_episodes_are_cut_and_standardised() -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fastguide import ARGS, Engine, RewardGuide, SamplingParams
+from fastguide.assets import packaged
 from fastguide.rewards import Sample, load_reward
-from fastguide.train.preferences import read_rows, train_reward, train_sft
+from fastguide.train.preferences import _tokens, read_rows, train_reward, train_sft
 
 trl: Any = pytest.importorskip("trl", reason="trl is not installed")
+datasets: Any = pytest.importorskip("datasets")
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).parents[3] / "shared/data"
 
@@ -94,8 +97,28 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no file"):
         read_rows("reward", [tmp_path / "none.jsonl"])
     (tmp_path / "rows.jsonl").write_text('{"chosen": "a"}\n')
-    with pytest.raises(ValueError, match="rows have chosen, but no 'rejected'; needed are chosen"):
+    with pytest.raises(ValueError, match="rows have chosen; needed are chosen and rejected"):
         read_rows("reward", [tmp_path / "rows.jsonl"])
     (tmp_path / "rows.parquet").write_text("")
     with pytest.raises(ValueError, match="one type at a time"):
         read_rows("reward", [tmp_path / "rows.jsonl", tmp_path / "rows.parquet"])
+    (tmp_path / "broken.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": \n')
+    with pytest.raises(ValueError, match="cannot read rows from"):
+        read_rows("reward", [tmp_path / "broken.jsonl"])
+
+
+def test_pairs_are_trained_on_as_rewards_read_them(tmp_path: Path) -> None:
+    """Without an end of text, long ones without their beginning."""
+    tokenizer = AutoTokenizer.from_pretrained(packaged("stories"))
+    long = "Tom saw a dog. " * 30
+    rows = datasets.Dataset.from_list(
+        [{"prompt": "Once", "chosen": " upon a time", "rejected": long}]
+    )
+    (found,) = _tokens(rows, tokenizer, 16)
+    assert found["chosen_ids"] == tokenizer("Once upon a time").input_ids
+    assert found["rejected_ids"] == tokenizer("Once" + long).input_ids[-16:]
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    user, kind = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    chats = datasets.Dataset.from_list([{"prompt": [user], "chosen": [kind], "rejected": [user]}])
+    (found,) = _tokens(chats, tokenizer, None)
+    assert tokenizer.decode(found["chosen_ids"]) == "<user>Hi<assistant>Hello"
