@@ -25,9 +25,9 @@ def evaluate(
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeRemainingColumn,
     )
 
+    from fastguide.engine.progress import pace
     from fastguide.evaluate import Runner, read_study
     from fastguide.evaluate.report import frontier, sweep, table
 
@@ -38,7 +38,7 @@ def evaluate(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        *pace(),
     )
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal

@@ -233,7 +233,7 @@ def _setting(text: str, fields: set[str]) -> tuple[str, Any]:
     """``NAME=VALUE``, of any field of the configuration."""
     name, equals, value = text.partition("=")
     name = {"lr": "learning_rate"}.get(name, name)
-    if not equals or name not in fields:
+    if not equals or name not in fields - {"output_dir"}:
         raise ValueError(
             f"setting is {text!r}; allowed is NAME=VALUE with a name of transformers' "
             "TrainingArguments, such as gradient_accumulation_steps=4"

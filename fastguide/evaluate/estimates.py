@@ -52,6 +52,8 @@ def kl(of: Shares, best_of: int) -> Estimate:
     if best_of == 1:
         return mean(of, "kl")
     ratio = mean(of, "log_ratio")
+    if ratio.mean is None:
+        return ratio
     return Estimate(ratio.mean + kl_of_best(best_of), ratio.ci95, ratio.responses)
 
 

@@ -90,7 +90,7 @@ class Judge:
         questions = [(batch, swapped) for batch in batches for swapped in (False, True)]
         answers: list[list[bool] | None] = []
         with ThreadPoolExecutor(self.workers) as pool:
-            for found in pool.map(lambda q: self._ask(*q, reasons), questions):
+            for found in pool.map(lambda q: self._ask(q[0], q[1], reasons), questions):
                 answers.append(found)
                 if on_progress is not None:
                     on_progress(len(answers))

@@ -62,7 +62,9 @@ class Coherence:
 
     Args:
         path: an encoder of transformers, such as ``princeton-nlp/sup-simcse-bert-base-uncased``.
-        pooling: ``cls``, the first token, as SimCSE wants it; or ``mean`` over all tokens.
+        pooling: ``pooler``, the encoder's own layer on the first token, as supervised SimCSE
+            wants it; ``cls``, the first token as it is; or ``mean`` over all tokens. None is
+            ``pooler`` where the weights have one, else ``cls``.
         batch_size: texts of one pass.
         device: None picks CUDA where there is one.
 
@@ -74,18 +76,20 @@ class Coherence:
         self,
         path: str | Path,
         *,
-        pooling: str = "cls",
+        pooling: str | None = None,
         batch_size: int = 32,
         device: str | torch.device | None = None,
     ) -> None:
-        from transformers import AutoModel
+        from fastguide.models.loading import load_tokenizer, resolve_device
 
-        from fastguide.models.loading import load_tokenizer, load_weights, resolve_device
-
-        if pooling not in ("cls", "mean"):
-            raise ValueError(f"pooling is {pooling!r}; allowed are cls, mean")
-        self._pooling, self._batch_size = pooling, batch_size
-        model: Any = load_weights(AutoModel, path)
+        if pooling not in (None, "pooler", "cls", "mean"):
+            raise ValueError(f"pooling is {pooling!r}; allowed are pooler, cls, mean")
+        model = _encoder(path, pooling)
+        has_pooler = getattr(model, "pooler", None) is not None
+        if pooling == "pooler" and not has_pooler:
+            raise ValueError(f"pooling is 'pooler', but the encoder {str(path)!r} has none")
+        self._pooling = pooling or ("pooler" if has_pooler else "cls")
+        self._batch_size = batch_size
         self._model = model.to(resolve_device(device)).eval().requires_grad_(False)
         self._tokenizer = load_tokenizer(path)
         if self._tokenizer.pad_token_id is None:
@@ -107,14 +111,31 @@ class Coherence:
                 max_length=min(self._tokenizer.model_max_length, 512),
                 return_tensors="pt",
             ).to(self._model.device)
-            hidden = self._model(**batch).last_hidden_state.float()
-            if self._pooling == "cls":
+            output = self._model(**batch)
+            hidden = output.last_hidden_state.float()
+            if self._pooling == "pooler":
+                pooled = output.pooler_output.float()
+            elif self._pooling == "cls":
                 pooled = hidden[:, 0]
             else:
                 mask = batch["attention_mask"][:, :, None]
                 pooled = (hidden * mask).sum(1) / mask.sum(1)
             vectors += torch.nn.functional.normalize(pooled, dim=-1).unbind()
         return vectors
+
+
+def _encoder(path: str | Path, pooling: str | None) -> Any:
+    """The encoder; weights of masked language models have no pooler, which not all need."""
+    from transformers import AutoModel
+
+    from fastguide.models.loading import load_weights
+
+    try:
+        return load_weights(AutoModel, path)
+    except ValueError as error:
+        if pooling == "pooler" or "pooler" not in str(error):
+            raise
+        return load_weights(AutoModel, path, add_pooling_layer=False)
 
 
 def win_rate(

@@ -50,7 +50,7 @@ class Runner:
         self._engines: dict[str | None, Engine] = {}
         self._policy: Reference | None = None
         self._rewards: dict[str, Reward] = {}
-        self._coherence = Coherence(study.coherence) if study.coherence else None
+        self._coherence = Coherence(**study.encoder) if study.encoder else None
 
     def engine(self, policy: str | None = None) -> Engine:
         """The engine of a point's policy, with the guides of its points; loaded when needed."""
@@ -189,7 +189,7 @@ class Runner:
                         row["judge_seconds"] = seconds
                 measures[name] = by
         if self._coherence is not None:
-            by = stamp(self.study.coherence)
+            by = f"{stamp(self.study.encoder['path'])} {self.study.encoder.get('pooling')}"
             if measures.get("coherence") != by:
                 prompts, texts = [s.prompt for s in samples], [s.response for s in samples]
                 for row, cosine in zip(rows, self._coherence(prompts, texts), strict=True):

@@ -78,7 +78,8 @@ class Study:
         reward: what guides were trained on and best-of-N searches for, as ``load_reward`` reads it.
         held_out: other rewards to report, by name: what the methods do not see.
         baseline: name of the point that win rates are against; None is none.
-        coherence: path of an encoder, for coherence; None leaves it out.
+        coherence: path of an encoder, for coherence, or its ``path`` and ``pooling``; None leaves
+            it out.
         judge: fields of ``Judge``; None asks nobody.
         dtype: of policy and guides.
         device: of policy and guides.
@@ -92,11 +93,18 @@ class Study:
     reward: str | Sequence[str] = "cheerfulness"
     held_out: Mapping[str, str] = field(default_factory=dict)
     baseline: str | None = None
-    coherence: str | None = None
+    coherence: str | Mapping[str, str] | None = None
     judge: Mapping[str, Any] | None = None
     dtype: str | None = None
     device: str | None = None
     max_rows: int = 64
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """Arguments of ``Coherence``; none if it is left out."""
+        if self.coherence is None or isinstance(self.coherence, str):
+            return {"path": self.coherence} if self.coherence else {}
+        return dict(self.coherence)
 
     @property
     def temperature(self) -> float:
@@ -108,12 +116,19 @@ class Study:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("a study needs prompts, got none")
+        if not self.points:
+            raise ValueError("a study needs methods, got none")
+        if odd := set(self.encoder) - {"path", "pooling"}:
+            raise ValueError(f"coherence has {sorted(odd)[0]!r}; allowed are path, pooling")
         if taken := sorted(set(self.held_out) & {*METRICS, *TAKEN}):
             raise ValueError(
                 f"a held-out reward is called {taken[0]!r}, which means something else"
             )
         if self.judge is not None:
-            Judge(**self.judge)
+            try:
+                Judge(**self.judge)
+            except TypeError as error:
+                raise ValueError(f"judge: {error}") from error
         names = [point.name for point in self.points]
         for name in names:
             if names.count(name) > 1:
@@ -121,6 +136,9 @@ class Study:
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"baseline is {self.baseline!r}; there are {', '.join(names)}")
         for point in self.points:
+            if point.rule.guided != any(point.weights.values()):
+                takes = "needs a guide" if point.rule.guided else "takes no guide"
+                raise ValueError(f"{point.name} {takes}, got {dict(point.weights) or 'none'}")
             for guide in point.weights:
                 if guide not in self.guides:
                     have = ", ".join(self.guides) or "none"
@@ -161,6 +179,18 @@ def _stamp_part(text: str) -> str:
     return text
 
 
+_NAMES: dict[Any, str] = {list: "list", dict: "mapping", (list, str): "list or the name of a file"}
+TYPES: dict[str, Any] = {
+    "prompts": (list, str),
+    "methods": list,
+    "sampling": dict,
+    "guides": dict,
+    "held_out": dict,
+    "judge": dict,
+}
+"""What entries of a study file are."""
+
+
 def read_study(file: str | Path) -> Study:
     """A study from a YAML file; see ``docs/evaluate.md``.
 
@@ -181,10 +211,15 @@ def read_study(file: str | Path) -> Study:
         raise ValueError(
             f"the study has the entry {unknown[0]!r}; allowed are {', '.join(sorted(known))}"
         )
-    prompts = raw.get("prompts")
+    for name, kind in TYPES.items():
+        if name in raw and not isinstance(raw[name], kind):
+            raise ValueError(f"{name} is {raw[name]!r:.80}; allowed is a {_NAMES[kind]}")
+    prompts = raw.setdefault("prompts", [])
     if isinstance(prompts, str):
         lines = (path.parent / prompts).read_text(encoding="utf-8").splitlines()
         raw["prompts"] = [line for line in lines if line.strip()]
+    elif odd := [p for p in prompts if not isinstance(p, str)]:
+        raise ValueError(f"a prompt is {odd[0]!r}; allowed are texts: put it in quotes")
     base = raw.pop("sampling", {})
     methods = raw.pop("methods", [])
     points = [point for method in methods for point in expand(method, base)]
@@ -203,6 +238,10 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
         raise ValueError(f"rule is {kind!r}; allowed are {', '.join([*RULES, 'best-of'])}")
     guide = given.pop("guide", None)
     policy = given.pop("policy", None)
+    if not isinstance(guide, (str, Mapping, type(None))):
+        raise ValueError(
+            f"guide is {guide!r}; allowed are a name and a mapping of names to weights"
+        )
     weights = {guide: 1.0} if isinstance(guide, str) else dict(guide or {})
     sampling = dict(base) | given.pop("sampling", {})
     swept = [key for key, value in given.items() if isinstance(value, list)]

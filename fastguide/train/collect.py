@@ -118,14 +118,19 @@ def check_tokenizer(shards: Shards, model: str, tokenizer: PreTrainedTokenizerBa
         )
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
+def can_continue(prompt: Sequence[int], context: int | None) -> bool:
+    """Whether it has a token, and leaves room for one in the context, if that has an end."""
+    return len(prompt) >= 1 and (context is None or len(prompt) < context)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context: int | None) -> None:
     """Refuse prompts of which more than 5 % cannot be continued; ValueError names the first."""
-    refused = [i for i, prompt in enumerate(prompts) if not 1 <= len(prompt) < context]
+    refused = [i for i, prompt in enumerate(prompts) if not can_continue(prompt, context)]
     if len(refused) > MOST_FAILURES * len(prompts):
         raise ValueError(
             f"{len(refused)} of {len(prompts)} prompts cannot be continued (allowed are 5 %), "
             f"first prompt {refused[0]}: it has {len(prompts[refused[0]])} tokens; allowed are "
-            f"1 to {context - 1}"
+            f"{'more than 0' if context is None else f'1 to {context - 1}'}"
         )
 
 
@@ -159,7 +164,8 @@ def sample(
 
     Prompts that cannot be continued get none.
     """
-    usable = [i for i, prompt in enumerate(prompts) if 1 <= len(prompt) < engine.limits.context]
+    context = engine.limits.context
+    usable = [i for i, prompt in enumerate(prompts) if can_continue(prompt, context)]
     sampling = [
         SamplingParams(
             temperature=config.temperature,

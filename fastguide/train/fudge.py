@@ -30,22 +30,29 @@ def attributes(episodes: Sequence[Episode], above: float | None = None) -> list[
 
     Args:
         episodes: rewarded at their end.
-        above: in the unit of their rewards; None is their median.
+        above: in the unit of their rewards; None is ``usual_border``.
 
     Raises:
         ValueError: all have the attribute, or none; or rewards are paid per token.
     """
     if any(episode.token_reward for episode in episodes):
         raise ValueError("the reward is paid per token; an attribute needs one paid at the end")
-    border = statistics.median(e.reward for e in episodes) if above is None else above
+    border = usual_border(episodes) if above is None else above
     labelled = [dataclasses.replace(e, reward=float(e.reward > border)) for e in episodes]
     share = statistics.fmean(e.reward for e in labelled)
     if share in (0.0, 1.0):
         raise ValueError(
             f"{'all' if share else 'none'} of {len(labelled)} responses have a reward above "
-            f"{border:g}; a classifier needs both"
+            f"{border:g} (in standard units); a classifier needs both"
         )
     return labelled
+
+
+def usual_border(episodes: Sequence[Episode]) -> float:
+    """The median reward, or the largest below the largest of all, if that is less."""
+    rewards = sorted(e.reward for e in episodes)
+    below = [reward for reward in rewards if reward < rewards[-1]]
+    return min(statistics.median(rewards), below[-1]) if below else rewards[-1]
 
 
 class FudgeTrainer(PrefixTrainer):

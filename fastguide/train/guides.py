@@ -24,7 +24,7 @@ from fastguide.models.loading import find_tokenizer
 from fastguide.models.value import ValueModel
 from fastguide.train.collect import ROLLOUTS, check_tokenizer, load_episodes
 from fastguide.train.episodes import Episode
-from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes
+from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes, usual_border
 from fastguide.train.prefix import PrefixConfig, PrefixTrainer
 from fastguide.train.shards import Shards
 from fastguide.train.validation import validate
@@ -94,7 +94,7 @@ def train_guide(
         config: of the kind.
         labels: the series of rewards.
         held_out: share of the prompts for validation.
-        above: for ``fudge``: a raw reward above this is the attribute; None is the median.
+        above: for ``fudge``: a raw reward above this is the attribute; None is ``usual_border``.
         validation: a set of ``make_validation``, to measure a value model against as well.
         dtype: of the saved weights; None saves them as they are.
         base_model: what the guide says its base is; None is where it was loaded from.
@@ -119,8 +119,9 @@ def train_guide(
         Shards(validation)  # said before anything is trained
     episodes, scale = load_episodes(data, labels)
     if kind == "fudge":
-        border = None if above is None else scale.standardise([above])[0]
+        border = usual_border(episodes) if above is None else scale.standardise([above])[0]
         episodes = attributes(episodes, border)
+        above = scale.mean + scale.std * border if above is None else above
     train, valid = split(episodes, held_out)
     torch.manual_seed(config.seed)
     facts: dict[str, Any] = {

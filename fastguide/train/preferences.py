@@ -18,7 +18,10 @@ from fastguide.assets import resolve
 from fastguide.models.loading import load_tokenizer, one_line
 from fastguide.train.prefix import last_checkpoint
 
-COLUMNS = {"reward": [("chosen", "rejected")], "sft": [("text",), ("messages",)]}
+COLUMNS: dict[str, list[tuple[str, ...]]] = {
+    "reward": [("chosen", "rejected")],
+    "sft": [("text",), ("messages",)],
+}
 """What the files of each kind must hold, one or the other; ``reward`` may have a ``prompt``."""
 
 
@@ -48,12 +51,12 @@ def read_rows(kind: str, files: Sequence[str | Path]) -> Any:
     if any(parquet) and not all(parquet):
         raise ValueError("some files are Parquet and some are not; allowed is one type at a time")
     loader = "parquet" if all(parquet) else "json"
-    files = [str(path) for path in paths]
+    names = [str(path) for path in paths]
     try:
-        rows = datasets.load_dataset(loader, data_files=files, split="train")
+        rows: Any = datasets.load_dataset(loader, data_files=names, split="train")
     except Exception as error:
         reason = one_line(error.__cause__ or error)
-        raise ValueError(f"cannot read rows from {', '.join(files)}: {reason}") from error
+        raise ValueError(f"cannot read rows from {', '.join(names)}: {reason}") from error
     for needed in COLUMNS[kind]:
         if set(needed) <= set(rows.column_names):
             return rows.select_columns([n for n in (*needed, "prompt") if n in rows.column_names])
@@ -153,7 +156,8 @@ def _tokens(rows: Any, tokenizer: PreTrainedTokenizerBase, longest: int | None) 
         if isinstance(response, str):
             found = tokenizer((prompt or "") + response).input_ids
         else:
-            chat = tokenizer.apply_chat_template([*(prompt or []), *response], return_dict=True)
+            messages = [*(prompt or []), *response]
+            chat: Any = tokenizer.apply_chat_template(messages, return_dict=True)
             found = chat["input_ids"]
         return list(found[-longest:] if longest else found)
 

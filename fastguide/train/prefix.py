@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ from fastguide.train.episodes import Episode, EpisodeBatch, bucketed, collate
 
 AVERAGE_FILE = "average.safetensors"
 STATE_FILE = "trainer_state.json"
+
+
+NUMBERS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "ema",
+    "length_pool",
+)
+"""Settings that are checked before transformers sees them."""
 
 
 @dataclasses.dataclass
@@ -52,6 +67,19 @@ class PrefixConfig(TrainingArguments):
     length_pool: int = 32
 
     def __post_init__(self) -> None:
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Real):
+                raise ValueError(f"{name} is {value!r}; allowed are numbers")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; allowed is more than 0")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; allowed are whole numbers from 1"
+                )
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; allowed is 0 or more")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise ValueError(f"ema must be None or lie in (0, 1), got {self.ema}")
         if self.length_pool < 1:

@@ -130,7 +130,7 @@ def label_with_ray(
     return shards
 
 
-def _policy(model: str, options: dict[str, Any]) -> tuple[str, int, dict[str, str]]:
+def _policy(model: str, options: dict[str, Any]) -> tuple[str, int | None, dict[str, str]]:
     engine = Engine(model, guides={}, **options)
     return engine.policy, engine.limits.context, about_model(engine.model, engine.tokenizer)
 
@@ -148,7 +148,7 @@ class _Sampler:
         limits = [config.max_tokens] * len(prompts)
         table = table_of(list(sample(self._engine, prompts, first, config, limits)))
         failed = len(prompts) * config.samples_per_prompt - table.num_rows
-        facts = {"failed": [failed], "reasons": [""]}
+        facts: dict[str, list[Any]] = {"failed": [failed], "reasons": [""]}
         return {"number": [int(number)], "table": [_ipc(table)], **facts}
 
 
@@ -178,7 +178,7 @@ class _Judge:
         rollouts = rollouts_of(_table(packed))
         table, failed = judged(rollouts, self._reward, decode, self._max_tokens)
         reasons = "\n".join(" ".join(reason.split()) for reason in failed[:REASONS])
-        facts = {"failed": [len(failed)], "reasons": [reasons]}
+        facts: dict[str, list[Any]] = {"failed": [len(failed)], "reasons": [reasons]}
         return {"number": [int(number)], "table": [_ipc(table)], **facts}
 
 

@@ -8,10 +8,14 @@ import statistics
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 
+from fastguide.assets import packaged
 from fastguide.evaluate import Coherence, Estimate, Judge, Pair, diversity, matched, win_rate
 from fastguide.evaluate.judge import question
 from fastguide.evaluate.metrics import repetition
@@ -53,8 +57,34 @@ def test_a_text_coheres_with_itself() -> None:
     same, other = coherence(["Tom ran.", "Tom ran."], ["Tom ran.", "A cat sat on it."])
     assert same == pytest.approx(1.0, abs=1e-3)
     assert other < same
-    with pytest.raises(ValueError, match="pooling is 'max'; allowed are cls, mean"):
+    with pytest.raises(ValueError, match="pooling is 'max'; allowed are pooler, cls, mean"):
         Coherence("stories", pooling="max")
+    with pytest.raises(ValueError, match="pooling is 'pooler', but the encoder 'stories' has none"):
+        Coherence("stories", pooling="pooler")
+
+
+def test_encoders_are_pooled_as_they_were_trained(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=2048, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(tmp_path / "sentences")
+    BertForMaskedLM(config).save_pretrained(tmp_path / "words")
+    for name in ("sentences", "words"):
+        AutoTokenizer.from_pretrained(packaged("stories")).save_pretrained(tmp_path / name)
+    texts = ["Tom ran."], ["A cat sat on it."]
+    (default,), (pooler,), (first,) = (
+        Coherence(tmp_path / "sentences", pooling=p, device="cpu")(*texts)
+        for p in (None, "pooler", "cls")
+    )
+    assert default == pooler != first
+    model = BertModel.from_pretrained(tmp_path / "sentences").eval()
+    tokenizer = AutoTokenizer.from_pretrained(packaged("stories"))
+    vectors = [model(**tokenizer(text[0], return_tensors="pt")).pooler_output[0] for text in texts]
+    assert pooler == pytest.approx(torch.cosine_similarity(*vectors, dim=0).item(), abs=1e-5)
+    words = Coherence(tmp_path / "words", device="cpu")  # its weights have no pooler
+    assert -1 <= words(*texts)[0] <= 1
 
 
 # ------------------------------------------------------------------------------------ judge

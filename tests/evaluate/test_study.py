@@ -78,6 +78,19 @@ def test_prompts_may_lie_in_a_file(study: Path) -> None:
         ("sentiment:", "kl:", "a held-out reward is called 'kl', which means something else"),
         ("dtype: float32", "judge: {url: here, model: m}", "url is 'here'; allowed are http://"),
         ("[0, 4.0]", "[4, 4.0]", "'VAS beta=4' is there 2 times"),
+        ("prompts: [Once upon a time", "promts: [Once", "the study has the entry 'promts'"),
+        ("[Once upon a time, Tom", "[2024, Tom", "a prompt is 2024; allowed are texts"),
+        ("[Once upon a time, Tom had a red ball.]", "{a: b}", "prompts is {'a': 'b'}; allowed"),
+        ("{cheerful: cheerful}", "[cheerful]", r"guides is ['cheerful']; allowed is a mapping"),
+        ("guide: cheerful, ", "", "VAS beta=0 needs a guide, got none"),
+        (
+            "rule: none",
+            "rule: none, guide: cheerful",
+            "plain takes no guide, got {'cheerful': 1.0}",
+        ),
+        ("guide: cheerful", "guide: [cheerful]", r"guide is ['cheerful']; allowed are a name and"),
+        ("dtype: float32", "judge: {uri: x}", "unexpected keyword argument 'uri'"),
+        ("dtype: float32", "coherence: {pool: x}", "coherence has 'pool'; allowed are path"),
     ],
 )
 def test_mistakes_are_named(study: Path, old: str, new: str, said: str) -> None:

@@ -145,7 +145,9 @@ def test_chats_are_judged_in_their_template(classifiers: Any, tmp_path: Path) ->
         load_reward(f"classifier:{path}?on=chat")
     shutil.copytree(path, tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
     tokenizer.save_pretrained(tmp_path / "chat")
     chat = load_reward(f"classifier:{tmp_path / 'chat'}?on=chat", device="cpu")
     plain = load_reward(f"classifier:{path}?on=response", device="cpu")

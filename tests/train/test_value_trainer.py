@@ -274,6 +274,11 @@ def test_a_classifier_learns_the_attribute(tmp_path: Path) -> None:
     assert after["eval_last_accuracy"] > 0.9
 
 
+def test_most_may_have_the_highest_reward() -> None:
+    episodes = [Episode((1,), (2,), reward) for reward in (1.0, 1.0, 1.0, 0.0)]
+    assert [e.reward for e in attributes(episodes)] == [1.0, 1.0, 1.0, 0.0]
+
+
 def test_attributes_need_both_kinds() -> None:
     episodes = [Episode((1,), (2,), reward) for reward in (0.1, 0.5, 2.0, 3.0)]
     assert [e.reward for e in attributes(episodes)] == [0.0, 0.0, 1.0, 1.0]
@@ -294,7 +299,20 @@ def test_batches_hold_every_episode_once_and_like_lengths() -> None:
     assert sum(spread) / len(spread) <= 2
 
 
-@pytest.mark.parametrize("wrong", [{"lam": 1.5}, {"ema": 1.0}, {"gamma": -0.1}, {"length_pool": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lam": 1.5},
+        {"ema": 1.0},
+        {"gamma": -0.1},
+        {"length_pool": 0},
+        {"learning_rate": "abc"},
+        {"learning_rate": -1.0},
+        {"ema": "abc"},
+        {"num_train_epochs": -1},
+        {"gradient_accumulation_steps": 0},
+    ],
+)
 def test_wrong_settings_name_themselves(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ValueConfig(**settings(tmp_path, **wrong))
