@@ -160,7 +160,7 @@ def train(
         seed: of weights and order.
         kind: ``value`` or ``fudge``.
         base: the backbone.
-        model: options of ``ValueModel.create``.
+        model: options of ``ValueModel.create``; None trains all weights.
         attention: implementation; eager is the fastest to train on a CPU up to about 150 tokens.
         patience: stop after so many epochs that did not improve, and keep the best.
         config: of the trainer.
@@ -168,7 +168,8 @@ def train(
     if (folder / METRICS_FILE).is_file():
         return
     settings = {
-        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
         "per_device_train_batch_size": BATCH,
         "ema": 0.99,
         "bf16": True,
@@ -193,7 +194,7 @@ def train(
         labels=labels,
         attn_implementation=attention,
         callbacks=callbacks,
-        **(model or {}),
+        **({"lora_rank": None} if model is None else model),
     )
     metrics["seconds"] = time.perf_counter() - started
     (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")

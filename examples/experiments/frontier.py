@@ -138,16 +138,16 @@ def pairs(data: Path, seed: int) -> list[dict[str, str]]:
 
 def points(seed: int) -> list[Point]:
     """All methods at all strengths."""
-    usual, many = sampling(seed, MAX_TOKENS), sampling(seed, MAX_TOKENS, n=max(BEST_OF))
+    usual, many = sampling(seed, MAX_TOKENS, n=2), sampling(seed, MAX_TOKENS, n=max(BEST_OF))
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, seed=seed)
     found = [Point("policy", {}, Plain(), {}, usual)]
     for name, guide, betas in (
-        ("VAS", "vas", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)),
-        ("Online FUDGE", "online", (1.0, 2.0, 4.0, 8.0, 16.0)),
+        ("VAS", "vas", (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
+        ("Online FUDGE", "online", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)),
     ):
         for beta in betas:
             found.append(Point(name, {"beta": beta}, VAS(beta=beta), {guide: 1.0}, usual))
-    for weight in (1.0, 2.0, 4.0, 8.0, 16.0):
+    for weight in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
         rule = FUDGE(weight=weight)
         found.append(Point("FUDGE", {"weight": weight}, rule, {"fudge": 1.0}, usual))
     for weight in (0.25, 0.5, 1.0, 2.0, 4.0):

@@ -43,12 +43,12 @@ SHARES = (8, 3)
 """Of the prompts: an eighth and a third; the whole is the frontier's guide."""
 RATES = (3e-4, 1e-3, 3e-3)
 KINDS: dict[str, dict[str, Any]] = {
-    "all weights": {"lora_rank": None},
+    "LoRA": {"lora_rank": 16},
     "half the layers": {"lora_rank": None},
     "frozen, linear": {"freeze": True, "head": "linear"},
     "frozen, mlp": {"freeze": True, "head": "mlp"},
 }
-"""What is trained in place of the LoRA of rank 16."""
+"""What is trained in place of all weights of a backbone like the policy."""
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
                     name,
                     seed,
                     n,
-                    num_train_epochs=round(asked.prompts / n),
+                    num_train_epochs=round(2 * asked.prompts / n),
                     patience=2,
                 )
                 for name, n in sizes.items()
