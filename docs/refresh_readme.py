@@ -77,16 +77,19 @@ def quality() -> str:
     return "\n".join(lines)
 
 
+def records(benchmark: str) -> list[dict[str, Any]]:
+    """What was recorded of a benchmark, on all devices."""
+    every = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(SPEED.glob("*.json"))]
+    return [record for record in every if record.get("benchmark") == benchmark]
+
+
 def speed() -> str:
     """Guided against unguided steps, from the engine benchmark's records."""
     lines = [
         "| device | batch | unguided, ms | guided, ms | guided / unguided |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for path in sorted(SPEED.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("benchmark") != "engine":
-            continue
+    for record in records("engine"):
         device = record["environment"]["device"]
         lines += [
             f"| {device} | {r['batch']} | {r['unguided']['ms']:.1f} | {r['guided']['ms']:.1f} "
@@ -99,10 +102,7 @@ def speed() -> str:
 def ops() -> str:
     """Every op beside its fastest rival, from the op benchmark's records."""
     lines = []
-    for path in sorted(SPEED.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("benchmark") != "ops":
-            continue
+    for record in records("ops"):
         environment = record["environment"]
         lines += [
             f"{environment['device']}, {environment['threads']} threads, torch "
@@ -129,10 +129,7 @@ def training() -> str:
         "| device | case | fastguide, ms | / language model | / token classifier |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    for path in sorted(SPEED.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record.get("benchmark") != "train":
-            continue
+    for record in records("train"):
         device = record["environment"]["device"]
         for r in record["results"]:
             ratios = [

@@ -47,7 +47,7 @@ def resolve(name_or_path: str | Path) -> str:
     return str(_ROOT / text) if packaged_name else text
 
 
-def lasting(name_or_path: str | Path) -> str:
+def absolute(name_or_path: str | Path) -> str:
     """The argument as it can be written down: the same from another working directory."""
     here = str(name_or_path) not in names() or isinstance(name_or_path, Path)
     folder = Path(name_or_path)

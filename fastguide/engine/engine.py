@@ -41,7 +41,8 @@ T = TypeVar("T")
 class Engine:
     """A language model that guides steer while it decodes.
 
-    ``policy`` is its name with a fingerprint of its weights, for records.
+    ``policy`` is its name with a fingerprint of its weights, for records; ``name_or_path`` is where
+    it was loaded from, absolute if that is a folder.
 
     >>> engine = Engine("path-or-hub-id", guides={"cheerful": ValueGuide("path-or-hub-id")})
     >>> outputs = engine.generate(["Once upon a time"], rule=VAS(beta=4.0, k=20))
@@ -100,7 +101,7 @@ class Engine:
             allow_pickle=allow_pickle,
             vocabulary=vocabulary,
         )
-        self.model = assets.lasting(path)
+        self.name_or_path = assets.absolute(path)
         self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
         scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = Runner(policy, scorers)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastguide.evaluate.metrics import Estimate, win_rate
+from fastguide.rewards import Reward, WeightedSum
 from fastguide.search import best_weights, kl_of_best
 
 Row = dict[str, Any]
@@ -35,19 +36,21 @@ def shares(rows: Sequence[Row], best_of: int) -> Shares:
 
 
 def mean(of: Shares, name: str) -> Estimate:
-    """The estimate of a number; a prompt counts if all its responses have it."""
-    values = {}
+    """The estimate of a number, over the responses that have it."""
+    values, count = {}, 0
     for prompt, group in of.items():
-        if all(row[name] is not None for _, row in group):
-            values[prompt] = [sum(share * row[name] for share, row in group)]
-    return Estimate.of(values, responses=sum(map(len, of.values())))
+        known = [(share, row[name]) for share, row in group if row[name] is not None]
+        if total := sum(share for share, _ in known):
+            values[prompt] = [sum(share * value for share, value in known) / total]
+            count += len(known)
+    return Estimate.of(values, responses=count)
 
 
 def kl(of: Shares, best_of: int) -> Estimate:
     """KL from the study's policy, in nats.
 
-    The winner of N responses has the density of one times at most what gives ``kl_of_best(N)``;
-    what one of them already differs from the policy by is its log-ratio, at the winner.
+    That of best-of-N is ``kl_of_best(N)`` from what competes (at most), and from the policy more by
+    the winner's log-ratio of the two.
     """
     if best_of == 1:
         return mean(of, "kl")
@@ -75,6 +78,14 @@ def answers(rows: Sequence[Row], best_of: int) -> dict[int, Row]:
             if best is None or row["reward"] > best["reward"]:
                 found[row["prompt"]] = row
     return found
+
+
+def judging_weights(reward: Reward) -> int:
+    """Weights of the classifiers that a reward asks."""
+    if isinstance(reward, WeightedSum):
+        return sum(judging_weights(part) for _, part in reward.parts)
+    model = getattr(reward, "model", None)
+    return 0 if model is None else weights_of(model)
 
 
 def weights_of(model: Any) -> int:

@@ -82,8 +82,10 @@ def pooled(runs: Sequence[Sequence[Result]]) -> list[Result]:
         for name, value in first.items():
             if _is_estimate(value):
                 first[name] = _pooled([result[name] for result in results])
-            elif name in COSTS:
+            elif name in (*COSTS, "tokens_per_second"):
                 first[name] = statistics.fmean(result[name] for result in results)
+            elif name == "failed":
+                first[name] = sum(result[name] for result in results)
         found.append(first | {"runs": len(results)})
     return found
 

@@ -21,7 +21,7 @@ from fastguide.evaluate.reference import Reference
 from fastguide.evaluate.study import Point, Study, stamp, stamp_reward
 from fastguide.guides import Guide, RewardGuide, ValueGuide
 from fastguide.request import Completion, sample_seed
-from fastguide.rewards import Reward, Sample, judge_most, load_reward
+from fastguide.rewards import Reward, Sample, judge_or_raise, load_reward
 
 RESULTS_FILE = "results.json"
 FORMAT_VERSION = 2
@@ -69,9 +69,9 @@ class Runner:
     def rewards(self) -> dict[str, Reward]:
         """The guiding reward and those held out."""
         if not self._rewards:
-            specs = {"reward": self.study.reward, **self.study.held_out}
             self._rewards = {
-                name: load_reward(spec, device=self.study.device) for name, spec in specs.items()
+                name: load_reward(spec, device=self.study.device)
+                for name, spec in self.study.rewards.items()
             }
         return self._rewards
 
@@ -94,7 +94,11 @@ class Runner:
 
     def responses(self, point: Point) -> list[Row]:
         """The judged responses of a point; what of them is in the folder is not made again."""
-        rows, measures = self._read(point) or (self._sample(point), {})
+        found = self._read(point)
+        if found is None:
+            found = self._sample(point), {}
+            self._keep(point, *found)  # whatever happens to those who judge
+        rows, measures = found
         known = dict(measures)
         self._judge(point, rows, measures)
         if measures != known:
@@ -177,11 +181,10 @@ class Runner:
     def _judge(self, point: Point, rows: list[Row], measures: dict[str, str]) -> None:
         """Add what is missing, or was measured by something else."""
         samples = [Sample(self.study.prompts[r["prompt"]], r["text"], r["tokens"]) for r in rows]
-        specs = {"reward": self.study.reward, **self.study.held_out}
         for name, reward in self.rewards().items():
-            if measures.get(name) != (by := stamp_reward(specs[name])):
+            if measures.get(name) != (by := stamp_reward(self.study.rewards[name])):
                 started = time.perf_counter()
-                values, _ = judge_most(reward, samples, lambda i: _where(point, rows[i]))
+                values, _ = judge_or_raise(reward, samples, lambda i: _where(point, rows[i]))
                 seconds = (time.perf_counter() - started) / len(rows)
                 for row, value in zip(rows, values, strict=True):
                     row[name] = value
@@ -218,7 +221,7 @@ class Runner:
             estimates.weights_of(self.engine(point.policy).runner.policy.model),
             [estimates.weights_of(s.decoder.model) for s in used if hasattr(s, "decoder")],
             point.rule.k,
-            getattr(self.rewards()["reward"], "weights", 0),
+            estimates.judging_weights(self.rewards()["reward"]),
         )
         return {
             "point": point.name,

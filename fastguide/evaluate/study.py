@@ -100,6 +100,11 @@ class Study:
     max_rows: int = 64
 
     @property
+    def rewards(self) -> dict[str, str | Sequence[str]]:
+        """The guiding reward and those held out, by name, as ``load_reward`` reads them."""
+        return {"reward": self.reward, **self.held_out}
+
+    @property
     def encoder(self) -> dict[str, Any]:
         """Arguments of ``Coherence``; none if it is left out."""
         if self.coherence is None or isinstance(self.coherence, str):

@@ -7,7 +7,7 @@ from fastguide.rewards.base import (
     Sample,
     WeightedSum,
     judge,
-    judge_most,
+    judge_or_raise,
     spec_of,
 )
 from fastguide.rewards.load import KINDS, REWARDS, load_reward
@@ -38,7 +38,7 @@ __all__ = [
     "WeightedSum",
     "cheerfulness",
     "judge",
-    "judge_most",
+    "judge_or_raise",
     "load_reward",
     "sentences",
     "spec_of",

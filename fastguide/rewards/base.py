@@ -125,7 +125,7 @@ MOST_FAILURES = 0.05
 """Share of samples without a reward at which work stops."""
 
 
-def judge_most(
+def judge_or_raise(
     reward: Reward, samples: Sequence[Sample], where: Callable[[int], str]
 ) -> tuple[list[float | None], list[Failure]]:
     """``judge``, unless too many samples fail.

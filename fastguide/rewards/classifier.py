@@ -73,18 +73,17 @@ class ClassifierReward:
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        self._model = model.to(resolve_device(device)).eval().requires_grad_(False)
-        self.weights = sum(p.numel() for p in self._model.parameters())
-        self._label = _label(self._model.config, label, str(path))
+        self.model = model.to(resolve_device(device)).eval().requires_grad_(False)
+        self._label = _label(self.model.config, label, str(path))
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._tokenizer.truncation_side = "left"
         if on == "chat" and self._tokenizer.chat_template is None:
             raise ValueError(f"on is 'chat', but the tokenizer of {str(path)!r} has no template")
-        self._longest = _longest(self._model.config, self._tokenizer.model_max_length)
+        self._longest = _longest(self.model.config, self._tokenizer.model_max_length)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # A decoder's classifier finds the last token by its id, whatever the tokenizer pads with.
-        self._model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
+        self.model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
         chosen = "" if self._label is None else f"&label={self._label}"
         self.name = f"classifier:{path}?on={on}{chosen}"
 
@@ -110,8 +109,8 @@ class ClassifierReward:
             max_length=self._longest,
             add_special_tokens=self.on != "chat",  # the template has them
             return_tensors="pt",
-        ).to(self._model.device)
-        logits: Tensor = self._model(**batch).logits.float()
+        ).to(self.model.device)
+        logits: Tensor = self.model(**batch).logits.float()
         if self._label is None:
             return logits[:, 0].tolist()
         return torch.log_softmax(logits, dim=-1)[:, self._label].tolist()

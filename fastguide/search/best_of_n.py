@@ -70,7 +70,8 @@ def best_of_n(
         sampling: ``n`` of it is not used; sample i draws with ``sample_seed(seed, i)``.
 
     Yields:
-        A choice as soon as the responses to its prompt are there.
+        A choice as soon as the responses to its prompt are there. An interrupt (Ctrl-C) is raised
+        again after a choice from what there is of each prompt that had begun.
 
     Raises:
         ValueError: greedy sampling of several responses, which would all be the same.
@@ -80,12 +81,18 @@ def best_of_n(
         raise ValueError("temperature is 0, at which all responses are the same; allowed is more")
     params = dataclasses.replace(base, n=search.n)
     groups: dict[int, list[Completion]] = {}
-    for completion in engine.completions(list(prompts), rule, weights, params):
-        group = groups.setdefault(completion.prompt, [])
-        group.append(completion)
-        # A prompt that was refused has one completion, which says why.
-        if len(group) == search.n or completion.error is not None:
-            yield choose(prompts[completion.prompt], groups.pop(completion.prompt), search.reward)
+    try:
+        for completion in engine.completions(list(prompts), rule, weights, params):
+            group = groups.setdefault(completion.prompt, [])
+            group.append(completion)
+            # A prompt that was refused has one completion, which says why.
+            if len(group) == search.n or completion.error is not None:
+                done = groups.pop(completion.prompt)
+                yield choose(prompts[completion.prompt], done, search.reward)
+    except KeyboardInterrupt:
+        for prompt, group in groups.items():
+            yield choose(prompts[prompt], group, search.reward)
+        raise
 
 
 def choose(prompt: str, completions: Sequence[Completion], reward: Reward) -> Choice:

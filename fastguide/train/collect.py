@@ -22,7 +22,7 @@ from fastguide.engine import Engine
 from fastguide.engine.text import CONTEXT_TOKENS
 from fastguide.models.guide_config import RewardScale
 from fastguide.request import SamplingParams, sample_seed
-from fastguide.rewards import MOST_FAILURES, Reward, Sample, judge_most, spec_of
+from fastguide.rewards import MOST_FAILURES, Reward, Sample, judge_or_raise, spec_of
 from fastguide.train.episodes import Episode, Rollout, episodes_of
 from fastguide.train.shards import Shards
 
@@ -82,7 +82,7 @@ def collect(
     """
     check_prompts(prompts, engine.limits.context)
     shards = open_shards(prompts, folder, config, policy)
-    shards.note(**about_model(engine.model, engine.tokenizer))
+    shards.note(**about_model(engine.name_or_path, engine.tokenizer))
     most = [config.max_tokens] * len(prompts) if limits is None else list(limits)
     done, of = 0, len(prompts) * config.samples_per_prompt
     for number in range(shards.series[ROLLOUTS]["of"]):
@@ -109,7 +109,7 @@ def about_model(model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str
 
 
 def check_tokenizer(shards: Shards, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model that reads the token ids of a collection otherwise."""
+    """Refuse, by a ValueError, a model that reads the token ids of a collection otherwise."""
     known = shards.notes.get("tokenizer")
     if known is not None and about_model(model, tokenizer)["tokenizer"] != known:
         raise ValueError(
@@ -297,7 +297,7 @@ def judged(
     def where(i: int) -> str:
         return f"prompt {rollouts[i].prompt}, sample {rollouts[i].sample}"
 
-    values, failures = judge_most(reward, samples, where)
+    values, failures = judge_or_raise(reward, samples, where)
     reasons = {failure.sample: failure.reason for failure in failures}
     table = pa.table(
         {

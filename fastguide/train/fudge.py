@@ -30,14 +30,14 @@ def attributes(episodes: Sequence[Episode], above: float | None = None) -> list[
 
     Args:
         episodes: rewarded at their end.
-        above: in the unit of their rewards; None is ``usual_border``.
+        above: in the unit of their rewards; None is ``default_border``.
 
     Raises:
         ValueError: all have the attribute, or none; or rewards are paid per token.
     """
     if any(episode.token_reward for episode in episodes):
         raise ValueError("the reward is paid per token; an attribute needs one paid at the end")
-    border = usual_border(episodes) if above is None else above
+    border = default_border(episodes) if above is None else above
     labelled = [dataclasses.replace(e, reward=float(e.reward > border)) for e in episodes]
     share = statistics.fmean(e.reward for e in labelled)
     if share in (0.0, 1.0):
@@ -48,7 +48,7 @@ def attributes(episodes: Sequence[Episode], above: float | None = None) -> list[
     return labelled
 
 
-def usual_border(episodes: Sequence[Episode]) -> float:
+def default_border(episodes: Sequence[Episode]) -> float:
     """The median reward, or the largest below the largest of all, if that is less."""
     rewards = sorted(e.reward for e in episodes)
     below = [reward for reward in rewards if reward < rewards[-1]]

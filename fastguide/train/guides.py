@@ -24,7 +24,7 @@ from fastguide.models.loading import find_tokenizer
 from fastguide.models.value import ValueModel
 from fastguide.train.collect import ROLLOUTS, check_tokenizer, load_episodes
 from fastguide.train.episodes import Episode
-from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes, usual_border
+from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes, default_border
 from fastguide.train.prefix import PrefixConfig, PrefixTrainer
 from fastguide.train.shards import Shards
 from fastguide.train.validation import validate
@@ -94,7 +94,7 @@ def train_guide(
         config: of the kind.
         labels: the series of rewards.
         held_out: share of the prompts for validation.
-        above: for ``fudge``: a raw reward above this is the attribute; None is ``usual_border``.
+        above: for ``fudge``: a raw reward above this is the attribute; None is ``default_border``.
         validation: a set of ``make_validation``, to measure a value model against as well.
         dtype: of the saved weights; None saves them as they are.
         base_model: what the guide says its base is; None is where it was loaded from.
@@ -119,7 +119,7 @@ def train_guide(
         Shards(validation)  # said before anything is trained
     episodes, scale = load_episodes(data, labels)
     if kind == "fudge":
-        border = usual_border(episodes) if above is None else scale.standardise([above])[0]
+        border = default_border(episodes) if above is None else scale.standardise([above])[0]
         episodes = attributes(episodes, border)
         above = scale.mean + scale.std * border if above is None else above
     train, valid = split(episodes, held_out)
@@ -137,7 +137,7 @@ def train_guide(
     if above is not None:
         facts["above"] = above
     targets = {name: getattr(config, name) for name in ("gamma", "lam") if hasattr(config, name)}
-    guide = GuideConfig(assets.lasting(base), scale, kind=how.guide, training=facts, **targets)
+    guide = GuideConfig(assets.absolute(base), scale, kind=how.guide, training=facts, **targets)
     value = ValueModel.create(base, config=guide, **model)
     trainer = how.trainer(value, config, train, valid, callbacks=list(callbacks))
     if on_start is not None:

@@ -232,9 +232,9 @@ class PrefixTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor]:
         """As in ``Trainer``, which counts labels: here states count."""
         samples, _ = super().get_batch_samples(*args, **kwargs)
-        states = sum(int(sample["states"].sum()) for sample in samples)
-        counted = torch.tensor(states, device=self.args.device)
-        return samples, self.accelerator.gather(counted).sum()
+        counts = [sample["states"].sum() for sample in samples]
+        counted = torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
+        return samples, self.accelerator.gather(counted.to(self.args.device)).sum()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
@@ -315,6 +315,9 @@ HYPERPARAMETERS = (
     "gradient_accumulation_steps",
     "lr_scheduler_type",
     "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",

@@ -132,7 +132,7 @@ def label_with_ray(
 
 def _policy(model: str, options: dict[str, Any]) -> tuple[str, int | None, dict[str, str]]:
     engine = Engine(model, guides={}, **options)
-    return engine.policy, engine.limits.context, about_model(engine.model, engine.tokenizer)
+    return engine.policy, engine.limits.context, about_model(engine.name_or_path, engine.tokenizer)
 
 
 class _Sampler:

@@ -48,6 +48,9 @@ class Shards:
         self.folder = Path(folder)
         file = self.folder / MANIFEST_FILE
         manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if manifest is not None and about is not None and _empty(manifest):
+            file.unlink()  # nothing is lost by beginning anew
+            manifest = None
         if manifest is None:
             if about is None:
                 raise ValueError(f"no rollouts at {self.folder}: {MANIFEST_FILE} is missing")
@@ -178,6 +181,11 @@ class Shards:
             text = json.dumps(self._manifest, indent=1, sort_keys=True)
             part.write_text(text, encoding="utf-8")
             _rename(part, file)
+
+
+def _empty(manifest: dict[str, Any]) -> bool:
+    """Whether it names no shard."""
+    return not any(series["shards"] for series in manifest.get("series", {}).values())
 
 
 @contextlib.contextmanager

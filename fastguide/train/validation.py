@@ -20,7 +20,7 @@ import torch
 from fastguide.engine import Engine
 from fastguide.models.guide_config import GuideConfig
 from fastguide.models.value import ValueModel
-from fastguide.rewards import Reward, judge_most, spec_of
+from fastguide.rewards import Reward, judge_or_raise, spec_of
 from fastguide.train.collect import CollectConfig, OnProgress, collect, read, sample_of
 from fastguide.train.episodes import Rollout
 from fastguide.train.shards import Shards
@@ -141,7 +141,7 @@ def _judged(
         whole = source.response_ids[: halves[rollout.prompt]] + rollout.response_ids
         samples.append(sample_of(source.prompt_ids, whole, decode))
         where.append((row, len(rollout.response_ids)))
-    values, _ = judge_most(reward, samples, lambda i: f"completion {i}")
+    values, _ = judge_or_raise(reward, samples, lambda i: f"completion {i}")
     for (row, tokens), value in zip(where, values, strict=True):
         if value is not None:
             row["rewards"].append(value)

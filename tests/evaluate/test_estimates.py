@@ -9,8 +9,10 @@ import statistics
 from typing import Any
 
 import pytest
+import torch
 
 from fastguide.evaluate import estimates
+from fastguide.rewards import WeightedSum, load_reward
 from fastguide.search import kl_of_best
 
 
@@ -98,3 +100,27 @@ def test_costs_count_what_competes_and_who_judges() -> None:
     assert best["seconds_per_response"] == 8 * 2.5
     guided = dict(estimates.costs(one, 1, policy=100, guides=[30, 40], k=20, judge=7))
     assert guided["guide_flops"] == 2 * 70 * (4 + 20 * 10)
+
+
+def test_a_missing_number_leaves_out_its_response_alone() -> None:
+    some = rows({0: [0.1, 0.2], 1: [0.3, 0.4]})
+    some[0]["length"] = None
+    found = estimates.mean(estimates.shares(some, 1), "length")
+    assert (found.mean, found.responses) == ((1.0 + 10.5) / 2, 3)
+
+
+def test_sums_ask_all_their_classifiers() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 1)
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.words
+
+    class Classifier:
+        name, per_token, model = "classifier", 0.0, Model()
+
+    reward: Any = Classifier()
+    assert estimates.judging_weights(WeightedSum(((1.0, reward), (0.5, reward)))) == 2 * 5
+    assert estimates.judging_weights(load_reward("length")) == 0

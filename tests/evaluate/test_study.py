@@ -323,3 +323,5 @@ def test_too_many_failures_stop_a_study(study: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=said):
         Runner(read_study(study), tmp_path / "out").run()
+    (kept,) = (tmp_path / "out").glob("responses-*.json")
+    assert len(json.loads(kept.read_text())["rows"]) == 4  # what was sampled is not lost

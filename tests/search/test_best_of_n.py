@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 
@@ -94,3 +95,25 @@ def test_the_kl_is_that_of_the_maximum_of_uniforms() -> None:
         density = [n * u ** (n - 1) for u in grid]
         integral = math.fsum(d * math.log(d) for d in density if d > 0) / len(grid)
         assert kl_of_best(n) == pytest.approx(integral, abs=1e-4)
+
+
+def test_an_interrupt_loses_no_prompt_that_had_begun(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, step = [], engine._step
+
+    def counted(samples: Any) -> None:
+        steps.append(len(samples))
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        step(samples)
+
+    monkeypatch.setattr(engine, "_step", counted)
+    search = BestOfN(load_reward("length"), n=2)
+    sampling = SamplingParams(max_tokens=8, seed=0)
+    choices = best_of_n(engine, ["Once", "The dog"], search, sampling=sampling)
+    found = [next(choices), next(choices)]
+    with pytest.raises(KeyboardInterrupt):
+        next(choices)
+    assert sorted(choice.prompt for choice in found) == [0, 1]
+    assert all(len(choice.best.token_ids) == 3 for choice in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastguide import Engine
 from fastguide.kernels.reference import td_lambda
@@ -22,6 +24,7 @@ from fastguide.train.collect import (
     label,
     load_episodes,
     read,
+    sample_of,
 )
 from fastguide.train.episodes import Rollout, collate, episodes_of
 from fastguide.train.shards import MANIFEST_FILE, Shards
@@ -312,3 +315,28 @@ def test_another_tokenizer_is_refused(whole: Path, tmp_path: Path) -> None:
 def test_wrong_temperatures_are_refused_before_anything_is_written(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"temperature is .*; allowed are numbers above 0"):
         CollectConfig(temperature=temperature)
+
+
+def test_responses_are_read_after_their_prompt() -> None:
+    """Tokenizers of the sentencepiece kind drop the space that a text begins with."""
+    words = {"<unk>": 0, "▁Once": 1, "▁upon": 2, "▁a": 3, "▁time": 4}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    assert tokenizer.decode([3, 4]) == "a time"
+    sample = sample_of([1, 2], [3, 4], tokenizer.decode)
+    assert sample == Sample("Once upon", " a time", 2)
+
+
+def test_a_folder_without_a_shard_is_no_collection_yet(engine: Engine, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(done: int, of: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        collect(engine, PROMPTS, tmp_path, CONFIG, policy="stories", on_progress=stop)
+    other = dataclasses.replace(CONFIG, seed=9)
+    collect(engine, PROMPTS, tmp_path, other, policy="stories")
+    assert Shards(tmp_path).about["sampling"]["seed"] == 9
