@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def _two_threads() -> None:
 def stories() -> str:
     """Path of the packaged language model."""
     return str(packaged("stories"))
+
+
+@pytest.fixture(scope="session")
+def chatting(stories: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the packaged language model with a chat template."""
+    folder = tmp_path_factory.mktemp("chatting") / "model"
+    shutil.copytree(stories, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}The {{ m.role }} said: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}The answer is:{% endif %}"
+    )
+    return str(folder)
 
 
 def _guide(folder: Path, base: str, seed: int, lora_rank: int | None) -> str:

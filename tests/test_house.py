@@ -19,6 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels": {"_C"},
     "config": set(),
     "request": set(),
+    "prompts": set(),
     "assets": set(),
     "cache": {"config"},
     "models": {"kernels", "cache", "config", "assets"},
@@ -29,7 +30,7 @@ ARROWS: dict[str, set[str]] = {
     "search": {"engine", "rewards"},
     "blackbox": {"guides", "kernels"},
     "train": {"models", "kernels", "engine", "config", "request", "guides", "assets", "rewards"},
-    "evaluate": {"engine", "search", "guides", "rewards"},
+    "evaluate": {"engine", "search", "guides", "rewards", "prompts"},
     "serve": {"engine", "guides"},
     "integrations": {"engine", "guides"},
 }
@@ -41,6 +42,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "config": set(),
     "request": set(),
+    "prompts": set(),
     "assets": set(),
     "cache": {"torch", "numpy"},
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastguide import assets
 from fastguide.config import ARGS, FUDGE, VAS, Plain, Rule
+from fastguide.prompts import read_file, read_lines
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
@@ -133,8 +134,7 @@ def build_rule(
 def read_prompts(arguments: Sequence[str], source: str | None) -> list[str]:
     """Prompts from arguments, then from a file or standard input, one per line.
 
-    Standard input is read for ``-``, or where it is piped and nothing else is given. Blank lines
-    of files are skipped.
+    Standard input is read for ``-``, or where it is piped and nothing else is given.
 
     Args:
         arguments: as typed; ``-`` stands for standard input.
@@ -146,26 +146,12 @@ def read_prompts(arguments: Sequence[str], source: str | None) -> list[str]:
     prompts = [argument for argument in arguments if argument != "-"]
     piped = not arguments and source is None and not sys.stdin.isatty()
     if "-" in arguments or source == "-" or piped:
-        prompts += _lines("standard input", None)
-    if source not in (None, "-"):
-        prompts += _lines(repr(source), Path(str(source)))
+        prompts += read_lines(sys.stdin.buffer.read(), "standard input")
+    if source is not None and source != "-":
+        prompts += read_file(source)
     if not prompts:
         raise ValueError("no prompt is given; type one, or use --input FILE or standard input")
     return prompts
-
-
-def _lines(name: str, path: Path | None) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read prompts from {name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read prompts from {name}: it is not UTF-8 text") from error
-    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ValueError(f"{name} holds no prompt; allowed is one per line")
-    return lines
 
 
 def unescape(text: str) -> str:

@@ -10,6 +10,7 @@ import typer
 from fastguide.cli import options
 from fastguide.cli.arguments import read_prompts
 from fastguide.cli.loading import chosen_dtype, load_engine
+from fastguide.prompts import as_chat
 from fastguide.rewards import Reward, load_reward
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def collect(
     source: options.Input = None,
     rewards: options.Rewards = None,
     name: options.Labels = "reward",
+    chat: options.Chat = False,
     model: options.Model = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -58,7 +60,7 @@ def collect(
             "max_rows": max_rows,
             "trust_remote_code": trust_remote_code,
         }
-        _with_ray(out, texts, rewards, name, model, config, workers, gpus, with_options)
+        _with_ray(out, texts, chat, rewards, name, model, config, workers, gpus, with_options)
         return
     judges = _rewards(rewards, device, trust_remote_code)
     engine = load_engine(
@@ -69,19 +71,34 @@ def collect(
         trust_remote_code=trust_remote_code,
         max_rows=max_rows,
     )
-    ids = engine.tokenizer(texts).input_ids
+    ids = _encode(engine.tokenizer, texts, chat)
     with progress(len(ids) * samples, wanted=True, what="responses") as note:
         shards = collect(
-            engine, ids, out, config, policy=engine.policy, on_progress=lambda done, _: note(done)
+            engine,
+            ids,
+            out,
+            config,
+            policy=engine.policy,
+            texts=texts if chat else None,
+            on_progress=lambda done, _: note(done),
         )
     _say_collected(shards)
     if judges is not None:
         _label(shards, judges, engine.tokenizer, name, None)
 
 
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool) -> list[list[int]]:
+    if chat:
+        from fastguide.engine.text import encode
+
+        return [encode(tokenizer, as_chat(text)) for text in texts]
+    return list(tokenizer(texts).input_ids)
+
+
 def _with_ray(
     out: str,
     texts: list[str],
+    chat: bool,
     rewards: Sequence[str] | None,
     name: str,
     model: str | None,
@@ -98,7 +115,8 @@ def _with_ray(
     if rewards:
         load_reward(rewards, device="cpu")  # mistakes are told before anything is sampled
     path = assets.resolve(model or assets.MODEL)
-    ids = load_tokenizer(path, trust_remote_code=engine["trust_remote_code"])(texts).input_ids
+    tokenizer = load_tokenizer(path, trust_remote_code=engine["trust_remote_code"])
+    ids = _encode(tokenizer, texts, chat)
     total = len(ids) * config.samples_per_prompt
     with progress(total, wanted=True, what="responses") as note:
         shards = collect_with_ray(
@@ -106,6 +124,7 @@ def _with_ray(
             ids,
             out,
             config,
+            texts=texts if chat else None,
             workers=workers,
             gpus=gpus,
             options=engine,

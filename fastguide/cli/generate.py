@@ -21,10 +21,12 @@ from fastguide.cli.arguments import (
 from fastguide.cli.loading import load_engine
 from fastguide.cli.output import Printer, opened
 from fastguide.config import Rule
+from fastguide.prompts import as_chat
 from fastguide.request import GenerationError, SamplingParams
 
 if TYPE_CHECKING:
     from fastguide.engine import Engine
+    from fastguide.engine.text import Prompt
     from fastguide.search import BestOfN
 
 
@@ -37,11 +39,18 @@ class Job:
     weights: Mapping[str, float] | None
     sampling: SamplingParams
     search: BestOfN | None = None
+    chat: bool = False
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """What the engine is given."""
+        return [as_chat(text) if self.chat else text for text in self.prompts]
 
 
 def generate(
     prompts: options.Prompts = None,
     source: options.Input = None,
+    chat: options.Chat = False,
     model: options.Model = None,
     guides: options.Guides = None,
     guide_base: options.GuideBase = None,
@@ -88,6 +97,7 @@ def generate(
             n=samples,
         ),
         search=search,
+        chat=chat,
     )
     with opened(output) as file:
         printer = Printer(file, job.prompts, samples, as_json)
@@ -141,12 +151,18 @@ def _search(engine: Engine, job: Job, search: BestOfN, printer: Printer) -> None
     from fastguide.engine.progress import progress
     from fastguide.search import best_of_n
 
-    prompts = list(job.prompts)
     choices = best_of_n(
-        engine, prompts, search, rule=job.rule, weights=job.weights, sampling=job.sampling
+        engine,
+        job.prompts,
+        search,
+        rule=job.rule,
+        weights=job.weights,
+        sampling=job.sampling,
+        asked=job.asked,
     )
+    total = len(job.prompts)
     try:
-        with progress(len(prompts), wanted=len(prompts) > 1 and not printer.on_terminal) as note:
+        with progress(total, wanted=total > 1 and not printer.on_terminal) as note:
             for choice in choices:
                 printer.choose(choice)
                 note(printer.finished)
@@ -158,7 +174,7 @@ def _search(engine: Engine, job: Job, search: BestOfN, printer: Printer) -> None
 def _complete(engine: Engine, job: Job, printer: Printer) -> None:
     from fastguide.engine.progress import progress
 
-    completions = engine.completions(list(job.prompts), job.rule, job.weights, job.sampling)
+    completions = engine.completions(job.asked, job.rule, job.weights, job.sampling)
     total = len(job.prompts) * job.sampling.n
     try:
         with progress(total, wanted=total > 1 and not printer.on_terminal) as note:
@@ -176,7 +192,7 @@ def _complete(engine: Engine, job: Job, printer: Printer) -> None:
 
 
 def _stream(engine: Engine, job: Job, printer: Printer) -> None:
-    for i, prompt in enumerate(job.prompts):
+    for i, prompt in enumerate(job.asked):
         try:
             printer.stream(i, engine.stream(prompt, job.rule, job.weights, job.sampling))
         except GenerationError as error:

@@ -34,7 +34,19 @@ Prompts = Annotated[
 ]
 Input = Annotated[
     str | None,
-    typer.Option("--input", metavar="FILE", help="Read prompts from a file, one per line, or -."),
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="Read prompts from a file, one per line (.jsonl: texts or objects), or -.",
+    ),
+]
+Chat = Annotated[
+    bool,
+    _option(
+        _MODEL,
+        "Prompts are what a user says: the model's chat template is put around each.",
+        "--chat",
+    ),
 ]
 
 Model = Annotated[

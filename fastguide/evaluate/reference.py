@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from fastguide.engine.text import encode
+from fastguide.engine.text import Prompt, encode
 from fastguide.models.loading import load_tokenizer, load_weights, resolve_device, resolve_dtype
 from fastguide.request import Completion
 
@@ -33,7 +33,7 @@ class Reference:
     def log_ratios(
         self,
         completions: Sequence[Completion],
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         tokenizer: PreTrainedTokenizerBase,
         temperature: float,
         *,

@@ -111,7 +111,7 @@ class Runner:
         guides = sorted((name, stamp(study.guides[name])) for name in point.weights)
         policies = [stamp(study.policy), *([stamp(point.policy)] if point.policy else [])]
         settings = (FORMAT_VERSION, point.draws, *policies, guides, study.dtype, study.temperature)
-        identity = repr((*settings, list(study.prompts)))
+        identity = repr((*settings, study.asked))
         return f"responses-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
     def _read(self, point: Point) -> tuple[list[Row], dict[str, str]] | None:
@@ -126,7 +126,7 @@ class Runner:
         self._write(self._file(point), json.dumps({"measures": measures, "rows": rows}))
 
     def _sample(self, point: Point) -> list[Row]:
-        prompts = list(self.study.prompts)
+        prompts = self.study.asked
         seed = point.sampling.seed or 0
         sampling = [
             dataclasses.replace(point.sampling, seed=sample_seed(seed, i + 1))

@@ -14,7 +14,9 @@ from typing import Any
 
 from fastguide.assets import resolve
 from fastguide.config import ARGS, FUDGE, VAS, Plain, Rule
+from fastguide.engine.text import Prompt
 from fastguide.evaluate.judge import Judge
+from fastguide.prompts import as_chat, read_file
 from fastguide.request import SamplingParams
 
 TAKEN = ("prompt", "sample", "text", "seconds", "prompt_tokens", "finish_reason", "log_ratio")
@@ -84,6 +86,7 @@ class Study:
         dtype: of policy and guides.
         device: of policy and guides.
         max_rows: responses sampled together.
+        chat: prompts are what a user says: the policy's chat template is put around each.
     """
 
     prompts: Sequence[str]
@@ -98,6 +101,12 @@ class Study:
     dtype: str | None = None
     device: str | None = None
     max_rows: int = 64
+    chat: bool = False
+
+    @property
+    def asked(self) -> list[Prompt]:
+        """What engines are given: the prompts, or chats in which a user says them."""
+        return [as_chat(text) if self.chat else text for text in self.prompts]
 
     @property
     def rewards(self) -> dict[str, str | Sequence[str]]:
@@ -184,7 +193,12 @@ def _stamp_part(text: str) -> str:
     return text
 
 
-_NAMES: dict[Any, str] = {list: "list", dict: "mapping", (list, str): "list or the name of a file"}
+_NAMES: dict[Any, str] = {
+    bool: "are true and false",
+    list: "is a list",
+    dict: "is a mapping",
+    (list, str): "is a list or the name of a file",
+}
 TYPES: dict[str, Any] = {
     "prompts": (list, str),
     "methods": list,
@@ -192,6 +206,7 @@ TYPES: dict[str, Any] = {
     "guides": dict,
     "held_out": dict,
     "judge": dict,
+    "chat": bool,
 }
 """What entries of a study file are."""
 
@@ -218,11 +233,10 @@ def read_study(file: str | Path) -> Study:
         )
     for name, kind in TYPES.items():
         if name in raw and not isinstance(raw[name], kind):
-            raise ValueError(f"{name} is {raw[name]!r:.80}; allowed is a {_NAMES[kind]}")
+            raise ValueError(f"{name} is {raw[name]!r:.80}; allowed {_NAMES[kind]}")
     prompts = raw.setdefault("prompts", [])
     if isinstance(prompts, str):
-        lines = (path.parent / prompts).read_text(encoding="utf-8").splitlines()
-        raw["prompts"] = [line for line in lines if line.strip()]
+        raw["prompts"] = read_file(path.parent / prompts)
     elif odd := [p for p in prompts if not isinstance(p, str)]:
         raise ValueError(f"a prompt is {odd[0]!r}; allowed are texts: put it in quotes")
     base = raw.pop("sampling", {})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fastguide.config import Rule
 from fastguide.engine import Engine
+from fastguide.engine.text import Prompt
 from fastguide.request import Completion, SamplingParams
 from fastguide.rewards import Reward, Sample, judge
 
@@ -58,16 +59,18 @@ def best_of_n(
     rule: Rule | None = None,
     weights: Mapping[str, float] | None = None,
     sampling: SamplingParams | None = None,
+    asked: Sequence[Prompt] | None = None,
 ) -> Iterator[Choice]:
     """The best of N responses to each prompt; the samples of a prompt share its cache.
 
     Args:
         engine: samples the responses, guided too if ``rule`` says so.
-        prompts: texts.
+        prompts: texts, as the reward reads them.
         search: how many, and who judges.
         rule: of all responses; None is the policy alone.
         weights: of the guides.
         sampling: ``n`` of it is not used; sample i draws with ``sample_seed(seed, i)``.
+        asked: what the engine is given in their place, such as chats with these texts.
 
     Yields:
         A choice as soon as the responses to its prompt are there. An interrupt (Ctrl-C) is raised
@@ -82,7 +85,7 @@ def best_of_n(
     params = dataclasses.replace(base, n=search.n)
     groups: dict[int, list[Completion]] = {}
     try:
-        for completion in engine.completions(list(prompts), rule, weights, params):
+        for completion in engine.completions(list(asked or prompts), rule, weights, params):
             group = groups.setdefault(completion.prompt, [])
             group.append(completion)
             # A prompt that was refused has one completion, which says why.

@@ -61,6 +61,7 @@ def collect(
     config: CollectConfig,
     *,
     policy: str,
+    texts: Sequence[str] | None = None,
     limits: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Shards:
@@ -73,6 +74,7 @@ def collect(
         folder: made if needed.
         config: sampling and shard size.
         policy: a name for the model, kept in the manifest: a folder is not continued with another.
+        texts: of the prompts, as rewards read them; None reads the decoded ids.
         limits: most tokens of the responses to each prompt, where they differ from ``config``'s.
         on_progress: told after each response, those already there included.
 
@@ -81,7 +83,7 @@ def collect(
             than 5 % of the prompts would be left out.
     """
     check_prompts(prompts, engine.limits.context)
-    shards = open_shards(prompts, folder, config, policy)
+    shards = open_shards(prompts, folder, config, policy, texts)
     shards.note(**about_model(engine.name_or_path, engine.tokenizer))
     most = [config.max_tokens] * len(prompts) if limits is None else list(limits)
     done, of = 0, len(prompts) * config.samples_per_prompt
@@ -89,8 +91,9 @@ def collect(
         first = number * config.shard_prompts
         chunk = shard_prompts(prompts, config, number)
         if not shards.has(ROLLOUTS, number):
+            said = None if texts is None else texts[first : first + len(chunk)]
             rollouts = []
-            for rollout in sample(engine, chunk, first, config, most[first:]):
+            for rollout in sample(engine, chunk, first, config, most[first:], said):
                 rollouts.append(rollout)
                 if on_progress is not None:
                     on_progress(done + len(rollouts), of)
@@ -135,10 +138,15 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int | None) -> None
 
 
 def open_shards(
-    prompts: Sequence[Sequence[int]], folder: str | Path, config: CollectConfig, policy: str
+    prompts: Sequence[Sequence[int]],
+    folder: str | Path,
+    config: CollectConfig,
+    policy: str,
+    texts: Sequence[str] | None = None,
 ) -> Shards:
     """The folder of a collection, begun or continued; see ``collect``."""
-    digest = hashlib.sha256(json.dumps([list(p) for p in prompts]).encode()).hexdigest()
+    asked = [list(p) for p in prompts] + list(texts or [])
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     about = {"policy": policy, "prompts": digest, "sampling": asdict(config)}
     shards = Shards(folder, about)
     shards.begin(ROLLOUTS, of=-(-len(prompts) // config.shard_prompts))
@@ -159,8 +167,11 @@ def sample(
     first: int,
     config: CollectConfig,
     limits: Sequence[int],
+    texts: Sequence[str] | None = None,
 ) -> Iterator[Rollout]:
-    """Responses to prompts ``first``, ``first + 1``, …, as they end; ``limits`` are theirs.
+    """Responses to prompts ``first``, ``first + 1``, …, as they end.
+
+    ``limits`` are theirs, and ``texts``, where rewards do not read the decoded ids.
 
     Prompts that cannot be continued get none.
     """
@@ -185,6 +196,7 @@ def sample(
             prompt_ids=tuple(prompts[index]),
             response_ids=tuple(output.token_ids),
             finish_reason=str(output.finish_reason),
+            prompt_text=None if texts is None else texts[index],
         )
 
 
@@ -200,6 +212,7 @@ def table_of(rollouts: Sequence[Rollout]) -> Any:
             "prompt_ids": ids,
             "response_ids": ids,
             "finish_reason": pa.string(),
+            "prompt_text": pa.string(),
         }
     )
     ordered = sorted(rollouts, key=lambda r: (r.prompt, r.sample))
@@ -292,7 +305,7 @@ def judged(
     samples = []
     for rollout in rollouts:
         ids = rollout.response_ids[:max_tokens]
-        samples.append(sample_of(rollout.prompt_ids, ids, decode))
+        samples.append(sample_of(rollout, ids, decode))
 
     def where(i: int) -> str:
         return f"prompt {rollouts[i].prompt}, sample {rollouts[i].sample}"
@@ -310,16 +323,19 @@ def judged(
 
 
 def sample_of(
-    prompt_ids: Sequence[int], response_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
+    rollout: Rollout, response_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
 ) -> Sample:
-    """Prompt and response as texts, for a reward.
+    """Prompt and response as texts, for a reward; ``response_ids`` are judged, not the rollout's.
 
     The response is read after the prompt's last tokens: alone, some tokenizers would drop the
     space that it begins with.
     """
-    last = list(prompt_ids[-CONTEXT_TOKENS:])
+    last = list(rollout.prompt_ids[-CONTEXT_TOKENS:])
     text = decode([*last, *response_ids])[len(decode(last)) :]
-    return Sample(decode(prompt_ids), text, len(response_ids))
+    prompt = rollout.prompt_text
+    if prompt is None:
+        prompt = decode(rollout.prompt_ids)
+    return Sample(prompt, text, len(response_ids))
 
 
 def load_episodes(folder: str | Path, labels: str = "reward") -> tuple[list[Episode], RewardScale]:

@@ -14,13 +14,18 @@ from fastguide.models.guide_config import RewardScale
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response; ``response_ids`` includes the eos if one was produced."""
+    """One sampled response; ``response_ids`` includes the eos if one was produced.
+
+    ``prompt_text`` is what rewards read as the prompt, where that is not the decoded
+    ``prompt_ids``: what was said, without the chat template around it.
+    """
 
     prompt: int
     sample: int
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     finish_reason: str
+    prompt_text: str | None = None
 
 
 @dataclass(frozen=True)

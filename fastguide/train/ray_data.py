@@ -7,6 +7,7 @@ whole stays, whoever made it.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ def collect_with_ray(
     folder: str | Path,
     config: CollectConfig,
     *,
+    texts: Sequence[str] | None = None,
     workers: int = 1,
     gpus: float = 0,
     options: Mapping[str, Any] | None = None,
@@ -64,6 +66,7 @@ def collect_with_ray(
         prompts: token ids of each prompt.
         folder: made if needed, by the driver.
         config: sampling and shard size.
+        texts: as in ``collect``.
         workers: engines at once.
         gpus: of each engine; 0 runs on the CPU.
         options: of ``Engine``, such as ``dtype`` and ``max_rows``.
@@ -77,11 +80,13 @@ def collect_with_ray(
     asked = ray.remote(num_gpus=gpus)(_policy).remote(str(model), given)
     policy, context, about = ray.get(asked)
     check_prompts(prompts, context)
-    shards = open_shards(prompts, folder, config, policy)
+    shards = open_shards(prompts, folder, config, policy, texts)
     shards.note(**about)
     of = shards.series[ROLLOUTS]["of"]
     missing = [n for n in range(of) if not shards.has(ROLLOUTS, n)]
-    todo = [{"number": n, "prompts": _pack(shard_prompts(prompts, config, n))} for n in missing]
+    todo = [
+        {"number": n, "prompts": json.dumps(_chunk(prompts, texts, config, n))} for n in missing
+    ]
     done, every = len(prompts) * config.samples_per_prompt, config.samples_per_prompt
     left = every * sum(len(shard_prompts(prompts, config, n)) for n in missing)
     for number, table, failed, _ in _stream(
@@ -143,10 +148,10 @@ class _Sampler:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (number,), (packed,) = batch["number"], batch["prompts"]
-        prompts, config = _unpack(packed), self._config
+        (prompts, texts), config = json.loads(str(packed)), self._config
         first = int(number) * config.shard_prompts
         limits = [config.max_tokens] * len(prompts)
-        table = table_of(list(sample(self._engine, prompts, first, config, limits)))
+        table = table_of(list(sample(self._engine, prompts, first, config, limits, texts)))
         failed = len(prompts) * config.samples_per_prompt - table.num_rows
         facts: dict[str, list[Any]] = {"failed": [failed], "reasons": [""]}
         return {"number": [int(number)], "table": [_ipc(table)], **facts}
@@ -205,12 +210,16 @@ def _stream(
         yield int(row["number"]), _table(row["table"]), int(row["failed"]), reasons
 
 
-def _pack(prompts: list[list[int]]) -> str:
-    return ";".join(",".join(map(str, prompt)) for prompt in prompts)
-
-
-def _unpack(text: str) -> list[list[int]]:
-    return [[int(t) for t in prompt.split(",") if t] for prompt in str(text).split(";")]
+def _chunk(
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[str] | None,
+    config: CollectConfig,
+    number: int,
+) -> tuple[list[list[int]], list[str] | None]:
+    """The prompts of one shard and their texts."""
+    start = number * config.shard_prompts
+    ours = None if texts is None else list(texts[start : start + config.shard_prompts])
+    return shard_prompts(prompts, config, number), ours
 
 
 def _ipc(table: Any) -> bytes:

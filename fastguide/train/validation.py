@@ -139,7 +139,7 @@ def _judged(
         row, source = rows[rollout.prompt], chosen[rollout.prompt]
         row["prefix_ids"] = list(rollout.prompt_ids)
         whole = source.response_ids[: halves[rollout.prompt]] + rollout.response_ids
-        samples.append(sample_of(source.prompt_ids, whole, decode))
+        samples.append(sample_of(source, whole, decode))
         where.append((row, len(rollout.response_ids)))
     values, _ = judge_or_raise(reward, samples, lambda i: f"completion {i}")
     for (row, tokens), value in zip(where, values, strict=True):

@@ -279,3 +279,23 @@ def test_best_of_n_says_so_where_no_response_can_be_judged(run):
     result = run("generate", "Once", *SHORT, *words)
     assert result.exit_code == 2
     assert "prompt 0: no response could be judged, sample 0: FileNotFoundError" in result.stderr
+
+
+def test_chat_puts_the_template_around_prompts(run, chatting, tmp_path):
+    said = "The user said: Once upon\na time\nThe answer is:"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "Once upon\na time"}))
+    words = ("--model", chatting, *SHORT, "--json", "--seed", 1)
+    (chat,) = records(run("generate", "--input", file, "--chat", *words))
+    (text,) = records(run("generate", said, *words))
+    (bare,) = records(run("generate", "--input", file, *words))
+    assert chat["token_ids"] == text["token_ids"] != bare["token_ids"]
+    best = ("--best-of", 1, "--reward", "length")
+    (chosen,) = records(run("generate", "--input", file, "--chat", *words, *best))
+    assert chosen["token_ids"] == chat["token_ids"]
+
+
+def test_chat_needs_a_template(run):
+    result = run("generate", "Once", "--chat", *SHORT)
+    assert result.exit_code == 2
+    assert "the tokenizer has no chat template; use a text" in result.stderr

@@ -325,3 +325,42 @@ def test_too_many_failures_stop_a_study(study: Path, tmp_path: Path) -> None:
         Runner(read_study(study), tmp_path / "out").run()
     (kept,) = (tmp_path / "out").glob("responses-*.json")
     assert len(json.loads(kept.read_text())["rows"]) == 4  # what was sampled is not lost
+
+
+def test_chats_are_asked_in_the_template_and_judged_without_it(
+    chatting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "Once upon\\na time"}\n"Tom"\n')
+    (tmp_path / "study.yaml").write_text(
+        f"""
+prompts: prompts.jsonl
+chat: true
+policy: {chatting}
+reward: seen:reward
+dtype: float32
+sampling: {{temperature: 0.7, max_tokens: 6, seed: 3}}
+baseline: plain
+methods:
+  - {{name: plain, rule: none}}
+  - {{name: cold, rule: none, sampling: {{temperature: 0.5}}}}
+"""
+    )
+    (tmp_path / "seen.py").write_text(
+        "SEEN = []\ndef reward(prompt, response):\n    SEEN.append(prompt)\n    return 1.0\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    compared = read_study(tmp_path / "study.yaml")
+    runner = Runner(compared, tmp_path / "out")
+    plain, cold = runner.run()
+    assert set(importlib.import_module("seen").SEEN) == {"Once upon\na time", "Tom"}
+    said = [f"The user said: {text}\nThe answer is:" for text in compared.prompts]
+    texts = dataclasses.replace(compared, prompts=said, chat=False)
+    rows = Runner(texts, tmp_path / "texts")
+    for point in compared.points:
+        found, wanted = runner.responses(point), rows.responses(point)
+        assert [r["text"] for r in found] == [r["text"] for r in wanted]
+        assert [r["kl"] for r in found] == pytest.approx([r["kl"] for r in wanted], abs=1e-6)
+    assert plain["kl"]["mean"] == 0.0
+    assert cold["kl"]["mean"] != 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -324,7 +324,7 @@ def test_responses_are_read_after_their_prompt() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     assert tokenizer.decode([3, 4]) == "a time"
-    sample = sample_of([1, 2], [3, 4], tokenizer.decode)
+    sample = sample_of(Rollout(0, 0, (1, 2), (), "stop"), [3, 4], tokenizer.decode)
     assert sample == Sample("Once upon", " a time", 2)
 
 
@@ -340,3 +340,40 @@ def test_a_folder_without_a_shard_is_no_collection_yet(engine: Engine, tmp_path:
     other = dataclasses.replace(CONFIG, seed=9)
     collect(engine, PROMPTS, tmp_path, other, policy="stories")
     assert Shards(tmp_path).about["sampling"]["seed"] == 9
+
+
+def test_rewards_read_what_was_said_without_the_chat_template(
+    engine: Engine, tmp_path: Path
+) -> None:
+    """Shards made with texts and without them are read alike."""
+    prompts, texts = PROMPTS[:3], ["One", "Two", "Three"]
+    shards = collect(engine, prompts, tmp_path / "a", CONFIG, policy="stories", texts=texts)
+    seen: list[Sample] = []
+
+    def reward(samples: Sequence[Sample]) -> list[float]:
+        seen.extend(samples)
+        return [float(i) for i in range(len(samples))]
+
+    label(shards.folder, _Named(reward), lambda ids: "x" * len(ids))
+    assert [s.prompt for s in seen] == ["One", "One", "Two", "Two", "Three", "Three"]
+    with pytest.raises(ValueError, match="prompts"):  # a folder is not continued with others
+        collect(engine, prompts, tmp_path / "a", CONFIG, policy="stories")
+    plain = collect(engine, prompts, tmp_path / "b", CONFIG, policy="stories")
+    assert [r.response_ids for r in read(plain.folder)] == [
+        r.response_ids for r in read(shards.folder)
+    ]
+    seen.clear()
+    label(plain.folder, _Named(reward), lambda ids: "x" * len(ids))
+    assert [len(s.prompt) for s in seen] == [3, 3, 2, 2, 4, 4]
+
+
+@dataclasses.dataclass
+class _Named:
+    """A reward of all samples at once."""
+
+    judge: Callable[[Sequence[Sample]], list[float]]
+    name: str = "mine"
+    per_token: float = 0.0
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return self.judge(samples)

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 CONFIG = CollectConfig(samples_per_prompt=2, max_tokens=6, shard_prompts=2, seed=3)
 PROMPTS = [[0, 424, 439], [0, 424], [0, 323, 447, 442], [0, 424, 439], [0, 281]]
+TEXTS = ["One", "Two;", "Three", "Four", "Five, six"]
 OPTIONS = {"dtype": "float32"}
 
 
@@ -32,20 +33,22 @@ def cluster() -> Iterator[None]:
 def test_two_workers_make_the_same_folder(tmp_path: Path) -> None:
     engine = Engine("stories", guides={}, device="cpu", **OPTIONS)
     alone = tmp_path / "alone"
-    collect(engine, PROMPTS, alone, CONFIG, policy=engine.policy)
+    collect(engine, PROMPTS, alone, CONFIG, policy=engine.policy, texts=TEXTS)
     decode = engine.tokenizer
     reward = load_reward(["cheerfulness", "0.1*length"])
     label(alone, reward, lambda ids: decode.decode(list(ids), skip_special_tokens=True))
 
     shared, told = tmp_path / "shared", []
     # Begun by one process, killed after a shard, and continued by two.
+    begun = {"policy": engine.policy, "texts": TEXTS, "on_progress": _kill}
     with pytest.raises(KeyboardInterrupt):
-        collect(engine, PROMPTS, shared, CONFIG, policy=engine.policy, on_progress=_kill)
+        collect(engine, PROMPTS, shared, CONFIG, **begun)
     shards = collect_with_ray(
         "stories",
         PROMPTS,
         shared,
         CONFIG,
+        texts=TEXTS,
         workers=2,
         options=OPTIONS,
         on_progress=lambda done, of: told.append((done, of)),
