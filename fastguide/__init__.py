@@ -4,8 +4,9 @@ At every step it takes the base model's top-k next tokens, asks value or reward 
 each continuation is, folds the scores into the base distribution and samples.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fastguide.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     )
     from fastguide.scorer import TreeScorer as TreeScorer
 
-# Names are imported when they are first used: `fastguide --help` must not wait for torch.
 _HOME = {
     "ARGS": "config",
     "FUDGE": "config",
@@ -45,13 +45,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"fastguide.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'fastguide' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -1,5 +1,8 @@
 """Rewards: what judges a finished response; guides are trained on them and measured by them."""
 
+from typing import TYPE_CHECKING
+
+from fastguide.lazy import lazily
 from fastguide.rewards.base import (
     MOST_FAILURES,
     Failure,
@@ -21,6 +24,11 @@ from fastguide.rewards.text import (
     sentences,
     vader,
 )
+
+if TYPE_CHECKING:
+    from fastguide.rewards.classifier import ClassifierReward as ClassifierReward
+
+_HOME = {"ClassifierReward": "classifier"}
 
 __all__ = [
     "KINDS",
@@ -45,11 +53,4 @@ __all__ = [
     "vader",
 ]
 
-
-def __getattr__(name: str) -> object:
-    """``ClassifierReward`` loads transformers, which the other rewards do not need."""
-    if name == "ClassifierReward":
-        from fastguide.rewards.classifier import ClassifierReward
-
-        return ClassifierReward
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -1,10 +1,40 @@
 """Training: collections of responses, value models, classifiers of prefixes, reward models."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import importlib
+from fastguide.lazy import lazily
 
-_WHERE = {
+if TYPE_CHECKING:
+    from fastguide.train.collect import (
+        CollectConfig as CollectConfig,
+        collect as collect,
+        label as label,
+        load_episodes as load_episodes,
+    )
+    from fastguide.train.episodes import Episode as Episode
+    from fastguide.train.fudge import (
+        FudgeConfig as FudgeConfig,
+        FudgeTrainer as FudgeTrainer,
+    )
+    from fastguide.train.guides import (
+        early_stopping as early_stopping,
+        sweep as sweep,
+        train_guide as train_guide,
+    )
+    from fastguide.train.preferences import (
+        train_reward as train_reward,
+        train_sft as train_sft,
+    )
+    from fastguide.train.validation import (
+        make_validation as make_validation,
+        validate as validate,
+    )
+    from fastguide.train.value import (
+        ValueConfig as ValueConfig,
+        ValueTrainer as ValueTrainer,
+    )
+
+_HOME = {
     "CollectConfig": "collect",
     "collect": "collect",
     "label": "collect",
@@ -23,12 +53,5 @@ _WHERE = {
     "ValueTrainer": "value",
 }
 
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> object:
-    """Loaded when asked for: trainers load more of transformers than decoding needs."""
-    if name in _WHERE:
-        module = importlib.import_module(f"fastguide.train.{_WHERE[name]}")
-        return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = sorted(_HOME)
+__getattr__, __dir__ = lazily(__name__, _HOME)

@@ -32,6 +32,9 @@ from fastguide.train.collect import (
 )
 from fastguide.train.shards import Shards
 
+SHARDS_AT_ONCE = 1024
+"""Of responses, that the driver reads ahead of their judges: some hundred megabytes."""
+
 
 def ray_data() -> Any:
     """``ray`` with ``ray.data``, on the cluster it is connected to, else on this machine."""
@@ -123,15 +126,17 @@ def label_with_ray(
     shards = label_series(folder, known, name, max_tokens)
     of = shards.series[name]["of"]
     missing = [n for n in range(of) if not shards.has(name, n)]
-    todo = [{"number": n, "rollouts": _ipc(shards.read(ROLLOUTS, n))} for n in missing]
     total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
     left = sum(shards.series[ROLLOUTS]["shards"][str(n)]["rows"] for n in missing)
     arguments = (spec, device, str(model), max_tokens, trust_remote_code)
-    for number, table, failed, reasons in _stream(ray, todo, _Judge, arguments, workers, gpus):
-        shards.write(name, number, table, failed=failed, reasons=reasons)
-        left -= table.num_rows
-        if on_progress is not None:
-            on_progress(total - left, total)
+    for start in range(0, len(missing), SHARDS_AT_ONCE):
+        some = missing[start : start + SHARDS_AT_ONCE]
+        todo = [{"number": n, "rollouts": _ipc(shards.read(ROLLOUTS, n))} for n in some]
+        for number, table, failed, reasons in _stream(ray, todo, _Judge, arguments, workers, gpus):
+            shards.write(name, number, table, failed=failed, reasons=reasons)
+            left -= table.num_rows
+            if on_progress is not None:
+                on_progress(total - left, total)
     return shards
 
 

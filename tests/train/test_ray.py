@@ -30,7 +30,8 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_two_workers_make_the_same_folder(tmp_path: Path) -> None:
+def test_two_workers_make_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastguide.train.ray_data.SHARDS_AT_ONCE", 2)
     engine = Engine("stories", guides={}, device="cpu", **OPTIONS)
     alone = tmp_path / "alone"
     collect(engine, PROMPTS, alone, CONFIG, policy=engine.policy, texts=TEXTS)
