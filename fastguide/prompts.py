@@ -16,12 +16,12 @@ def read_file(path: str | Path) -> list[str]:
     Raises:
         ValueError: the file cannot be read, holds no prompt, or a line is none.
     """
-    path = Path(path)
+    name = repr(str(path))
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read prompts from {str(path)!r}: {error.strerror}") from error
-    return read_lines(data, repr(str(path)), as_json=path.suffix == ".jsonl")
+        raise ValueError(f"cannot read prompts from {name}: {error.strerror}") from error
+    return read_lines(data, name, as_json=Path(path).suffix == ".jsonl")
 
 
 def read_lines(data: bytes, name: str, *, as_json: bool = False) -> list[str]:

@@ -70,13 +70,17 @@ class Scorer(Protocol):
 class TreeScorer:
     """A decoder with a scalar head; all requests' candidates go through it as one tree pass."""
 
-    def __init__(self, decoder: Decoder, head: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, decoder: Decoder, head: Callable[[Tensor], Tensor], kind: str | None = None
+    ) -> None:
         """Put a head on a decoder.
 
         Args:
             decoder: a backbone whose passes return hidden states ``[n, hidden]``.
             head: hidden states ``[n, hidden]`` to scalars ``[n]`` or ``[n, 1]``.
+            kind: what the scalars are, as in ``GuideConfig``; None fits every rule.
         """
+        self.kind = kind
         self.decoder = decoder
         self.head = head
         self.context = decoder.context

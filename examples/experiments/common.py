@@ -33,9 +33,10 @@ from fastguide.evaluate import Point, Runner, Study  # noqa: E402
 from fastguide.evaluate.report import pooled, table  # noqa: E402
 from fastguide.models.value import ValueModel  # noqa: E402
 from fastguide.rewards import load_reward  # noqa: E402
-from fastguide.train.collect import CollectConfig, collect, label, read  # noqa: E402
+from fastguide.train.collect import CollectConfig, collect, read  # noqa: E402
 from fastguide.train.fudge import FudgeConfig  # noqa: E402
 from fastguide.train.guides import early_stopping, train_guide  # noqa: E402
+from fastguide.train.labels import label  # noqa: E402
 from fastguide.train.validation import make_validation, validate  # noqa: E402
 from fastguide.train.value import ValueConfig  # noqa: E402
 

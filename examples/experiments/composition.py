@@ -32,7 +32,7 @@ from frontier import guide_folder
 from fastguide import VAS
 from fastguide.config import Plain
 from fastguide.evaluate import Point, Study
-from fastguide.train.collect import load_episodes
+from fastguide.train.labels import load_episodes
 
 REWARDS = {"cheerful": "cheerfulness", "brief": "brevity", "dialogue": "dialogue:share"}
 BETAS = (4.0, 8.0)

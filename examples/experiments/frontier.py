@@ -35,8 +35,8 @@ from fastguide.assets import resolve
 from fastguide.config import Plain
 from fastguide.evaluate import Point, Runner, Study
 from fastguide.evaluate.report import frontier
-from fastguide.train.collect import load_episodes
 from fastguide.train.episodes import Episode
+from fastguide.train.labels import load_episodes
 
 MAX_TOKENS = 128
 REWARD = "cheerfulness"

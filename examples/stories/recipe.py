@@ -26,8 +26,9 @@ from prompts import read_stories, training_prompts
 from fastguide import Engine
 from fastguide.models.value import GuideConfig, ValueModel
 from fastguide.rewards import load_reward
-from fastguide.train.collect import CollectConfig, collect, label, load_episodes
+from fastguide.train.collect import CollectConfig, collect
 from fastguide.train.episodes import Episode
+from fastguide.train.labels import label, load_episodes
 from fastguide.train.value import ValueConfig, ValueTrainer
 
 ROOT = Path(__file__).resolve().parents[2]

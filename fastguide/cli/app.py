@@ -62,7 +62,11 @@ def _one_sentence() -> Iterator[None]:
         sentence = " ".join(error.format_message().split()).rstrip(".")
         typer.echo(f"error: {sentence[:1].lower()}{sentence[1:]}", err=True)
         raise typer.Exit(BAD_INPUT) from error
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        reason = f"{error.filename!r}: {error.strerror}" if error.filename else str(error)
+        typer.echo(f"error: {reason}", err=True)
+        raise typer.Exit(BAD_INPUT) from error
+    except (ValueError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(BAD_INPUT) from error
 
@@ -81,7 +85,10 @@ app.command()(label)
 app.add_typer(train, name="train")
 app.command()(validate)
 app.command()(evaluate)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+app.command(
+    add_help_option=False,  # the benchmark has its own
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(bench)
 
 
 def _print_version(wanted: bool) -> None:

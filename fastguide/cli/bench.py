@@ -15,8 +15,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def bench(
     context: typer.Context,
     what: Annotated[
-        str, typer.Argument(help="ops: each kernel; engine: decode steps; train: training steps.")
-    ],
+        str | None,
+        typer.Argument(help="ops: each kernel; engine: decode steps; train: training steps."),
+    ] = None,
 ) -> None:
     """Time fastguide beside what anyone would use instead.
 
@@ -24,6 +25,9 @@ def bench(
 
     Options after the name are the benchmark's own: fastguide bench ops --help
     """
+    if what in (None, "-h", "--help"):
+        typer.echo(context.get_help())
+        raise typer.Exit
     names = sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
     if not names:
         raise ValueError(

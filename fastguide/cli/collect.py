@@ -37,7 +37,7 @@ def collect(
     trust_remote_code: options.TrustRemoteCode = False,
     samples: options.Samples = 2,
     max_tokens: options.MaxTokens = 128,
-    temperature: options.Temperature = 0.7,
+    temperature: options.Warmth = 0.7,
     seed: options.CollectSeed = 0,
     shard: options.ShardPrompts = 256,
     max_rows: options.MaxRows = 64,
@@ -52,6 +52,8 @@ def collect(
     from fastguide.engine.progress import progress
     from fastguide.train.collect import CollectConfig, collect
 
+    if workers != 1 and not ray:
+        raise ValueError(f"--workers is {workers}; allowed with --ray")
     texts = read_prompts(prompts or [], source)
     config = CollectConfig(samples, max_tokens, temperature, seed, shard)
     if ray:
@@ -72,19 +74,25 @@ def collect(
         max_rows=max_rows,
     )
     ids = _encode(engine.tokenizer, texts, chat)
-    with progress(len(ids) * samples, wanted=True, what="responses") as note:
-        shards = collect(
-            engine,
-            ids,
-            out,
-            config,
-            policy=engine.policy,
-            texts=texts if chat else None,
-            on_progress=lambda done, _: note(done),
-        )
+    try:
+        with progress(len(ids) * samples, wanted=True, what="responses") as note:
+            shards = collect(
+                engine,
+                ids,
+                out,
+                config,
+                policy=engine.policy,
+                texts=texts if chat else None,
+                on_progress=lambda done, _: note(done),
+            )
+    except KeyboardInterrupt:
+        _say_interrupted(out, len(ids) * samples)
+        raise
     _say_collected(shards)
     if judges is not None:
         _label(shards, judges, engine.tokenizer, name, None)
+    else:
+        _say_unjudged(out)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool) -> list[list[int]]:
@@ -145,6 +153,8 @@ def _with_ray(
                 on_progress=lambda done, _: note(done),
             )
         _say(shards, total, name)
+    else:
+        _say_unjudged(out)
 
 
 def policy_of(shards: Shards) -> str:
@@ -160,6 +170,19 @@ def _say_collected(shards: Shards) -> None:
     failed, rows = failures(shards, ROLLOUTS), _responses(shards)
     left_out = f"; {failed} of prompts that are empty or too long are left out" if failed else ""
     typer.echo(f"{rows} responses of {shards.about['policy']} in {shards.folder}{left_out}")
+
+
+def _say_unjudged(folder: str) -> None:
+    typer.echo(f"not judged yet; for example: fastguide label {folder} --reward cheerfulness")
+
+
+def _say_interrupted(folder: str, of: int) -> None:
+    from fastguide.train.collect import kept
+    from fastguide.train.shards import Shards
+
+    done = kept(Shards(folder))
+    note = f"{done} of {of} responses are in {folder}; the same command continues"
+    typer.echo(f"interrupted: {note}", err=True)
 
 
 def _responses(shards: Shards) -> int:
@@ -207,7 +230,7 @@ def _label(
     max_tokens: int | None,
 ) -> None:
     from fastguide.engine.progress import progress
-    from fastguide.train.collect import label
+    from fastguide.train.labels import label
 
     total = _responses(shards)
     with progress(total, wanted=True, what="rewards") as note:
@@ -223,7 +246,8 @@ def _label(
 
 
 def _say(shards: Shards, total: int, name: str) -> None:
-    from fastguide.train.collect import failures, reasons
+    from fastguide.train.collect import failures
+    from fastguide.train.labels import reasons
 
     failed, reward = failures(shards, name), shards.series[name]["about"]["reward"]
     left_out = f"; {failed} could not be judged and are left out, such as" if failed else ""

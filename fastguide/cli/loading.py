@@ -41,7 +41,7 @@ def load_engine(
     Raises:
         ValueError: for anything that is missing, corrupt or does not fit together.
     """
-    with status("loading"), _quiet():
+    with status("loading"), quiet():
         from fastguide.engine import Engine
 
         loaded: Mapping[str, Guide] = {g.name: _guide(g.path, guide_base) for g in guides}
@@ -61,7 +61,7 @@ def chosen_dtype(model: str | None, dtype: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the libraries' own loading bars and warnings out of a command's output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging

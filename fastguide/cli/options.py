@@ -103,6 +103,7 @@ Temperature = Annotated[
     float,
     _option(_SAMPLING, "0 takes the best token at every step.", **_STRENGTH),
 ]
+Warmth = Annotated[float, _option(_SAMPLING, "Above 0.", "--temperature", **_STRENGTH)]
 MaxTokens = Annotated[int, _option(_SAMPLING, "Most new tokens.", **_COUNT)]
 Stop = Annotated[
     list[str] | None,
@@ -153,6 +154,10 @@ Gpus = Annotated[float, _option(_RAY, "GPUs of each; 0 is the CPU.", **_STRENGTH
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="Folder of a collection.")]
 Out = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the guide goes.")]
+ModelOut = Annotated[str, typer.Option("--out", metavar="FOLDER", help="Where the model goes.")]
+HeldOutRows = Annotated[
+    float, _option(_TRAINING, "Share of rows to validate on.", "--held-out", **_STRENGTH)
+]
 Backbone = Annotated[
     str | None,
     _option(_BACKBONE, "Left out: the policy itself.", "--model", metavar="PATH|HUB-ID"),
@@ -170,7 +175,9 @@ PairsRank = Annotated[
     _option(_BACKBONE, "Rank of a LoRA; left out: all weights.", "--lora-rank", **_COUNT),
 ]
 MaxLength = Annotated[int, _option(_TRAINING, "Most tokens of a text.", **_COUNT)]
-LoraRank = Annotated[int, _option(_BACKBONE, "Rank of the LoRA.", **_COUNT)]
+LoraRank = Annotated[
+    int | None, _option(_BACKBONE, "Rank of the LoRA that is trained (16).", **_COUNT)
+]
 Full = Annotated[bool, _option(_BACKBONE, "Train all weights, without a LoRA.", "--full")]
 Freeze = Annotated[bool, _option(_BACKBONE, "Train the head alone.", "--freeze")]
 Head = Annotated[str, _option(_BACKBONE, "Head on the hidden states.", metavar="linear|mlp")]
@@ -199,7 +206,12 @@ ValidationSet = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    _option(_TRAINING, "Any of transformers' TrainingArguments.", "--set", metavar="NAME=VALUE"),
+    _option(
+        _TRAINING,
+        "Any of transformers' TrainingArguments; lr is the learning rate.",
+        "--set",
+        metavar="NAME=VALUE",
+    ),
 ]
 Sweep = Annotated[
     list[str] | None,

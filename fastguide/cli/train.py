@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,14 @@ import typer
 from fastguide import assets
 from fastguide.cli import options
 from fastguide.cli.collect import policy_of
+from fastguide.cli.loading import quiet
 
 if TYPE_CHECKING:
     from fastguide.train.prefix import PrefixConfig
+
+LORA_RANK = 16
+FEW = 50
+"""Held-out responses below which their error says little."""
 
 train = typer.Typer(help="Train guides on what fastguide collect made.", no_args_is_help=True)
 
@@ -26,7 +32,7 @@ def value(
     out: options.Out,
     labels: options.Labels = "reward",
     model: options.Backbone = None,
-    lora_rank: options.LoraRank = 16,
+    lora_rank: options.LoraRank = None,
     full: options.Full = False,
     freeze: options.Freeze = False,
     head: options.Head = "linear",
@@ -59,7 +65,7 @@ def fudge(
     labels: options.Labels = "reward",
     above: options.Above = None,
     model: options.Backbone = None,
-    lora_rank: options.LoraRank = 16,
+    lora_rank: options.LoraRank = None,
     full: options.Full = False,
     freeze: options.Freeze = False,
     head: options.Head = "linear",
@@ -85,14 +91,14 @@ def fudge(
 @train.command()
 def reward(
     pairs: options.Pairs,
-    out: options.Out,
+    out: options.ModelOut,
     model: options.TrainedModel = None,
     lora_rank: options.PairsRank = None,
     learning_rate: options.LearningRate = 1e-4,
     epochs: options.Epochs = 1.0,
     batch_size: options.BatchSize = 32,
     max_length: options.MaxLength = 1024,
-    held_out: options.HeldOut = 0.05,
+    held_out: options.HeldOutRows = 0.05,
     seed: options.CollectSeed = 0,
     extra: options.Set = None,
 ) -> None:
@@ -104,14 +110,14 @@ def reward(
 @train.command()
 def sft(
     texts: options.Texts,
-    out: options.Out,
+    out: options.ModelOut,
     model: options.TrainedModel = None,
     lora_rank: options.PairsRank = None,
     learning_rate: options.LearningRate = 1e-4,
     epochs: options.Epochs = 1.0,
     batch_size: options.BatchSize = 32,
     max_length: options.MaxLength = 1024,
-    held_out: options.HeldOut = 0.05,
+    held_out: options.HeldOutRows = 0.05,
     seed: options.CollectSeed = 0,
     extra: options.Set = None,
 ) -> None:
@@ -147,15 +153,21 @@ def _prefer(
 
     from fastguide.train.preferences import read_rows, train_reward, train_sft, trl
 
+    if given["max_length"] < 1:
+        raise ValueError(f"--max-length is {given['max_length']}; allowed are numbers from 1")
     config_class = trl().RewardConfig if kind == "reward" else trl().SFTConfig
     fields = {field.name for field in dataclasses.fields(config_class)}
     given |= {"bf16": torch.cuda.is_available()}  # TRL's default wants a GPU
     given |= dict(_setting(text, fields) for text in extra or [])
-    rows = read_rows(kind, files)
-    typer.echo(f"{len(rows)} rows; checkpoints in {out}")
     run = train_reward if kind == "reward" else train_sft
-    config = config_class(output_dir=out, **given)
-    metrics = run(rows, model or assets.MODEL, config, lora_rank=lora_rank, held_out=held_out)
+    with quiet():
+        import datasets
+
+        datasets.disable_progress_bars()
+        rows = read_rows(kind, files)
+        typer.echo(f"{len(rows)} rows; checkpoints in {out}")
+        config = config_class(output_dir=out, **given)
+        metrics = run(rows, model or assets.MODEL, config, lora_rank=lora_rank, held_out=held_out)
     shown = [
         f"{name} {metrics[f'eval_{name}']:.4f}"
         for name in ("loss", "accuracy", "margin")
@@ -165,11 +177,13 @@ def _prefer(
 
 
 def _backbone(
-    lora_rank: int, full: bool, freeze: bool, head: str, quantize: str | None
+    lora_rank: int | None, full: bool, freeze: bool, head: str, quantize: str | None
 ) -> dict[str, Any]:
-    if full and freeze:
-        raise ValueError("--full and --freeze are both given; allowed is one of them")
-    found: dict[str, Any] = {"lora_rank": None if full else lora_rank, "freeze": freeze}
+    given = {"--full": full, "--freeze": freeze, "--lora-rank": lora_rank is not None}
+    if len(both := [name for name, is_given in given.items() if is_given]) > 1:
+        raise ValueError(f"{' and '.join(both)} are both given; allowed is one of them")
+    rank = None if full or freeze else LORA_RANK if lora_rank is None else lora_rank
+    found: dict[str, Any] = {"lora_rank": rank, "freeze": freeze}
     if quantize is not None:
         from fastguide.models.quantization import quantization
 
@@ -210,9 +224,7 @@ def _train(
             labels=labels,
             held_out=held_out,
             callbacks=list(callbacks),
-            on_start=lambda train, valid: typer.echo(
-                f"{train} responses to train on, {valid} to validate; checkpoints in {folder}"
-            ),
+            on_start=lambda train, valid: _say_start(train, valid, folder),
             **options,
         )
 
@@ -224,26 +236,34 @@ def _train(
         typer.echo(f"best of the sweep: {chosen}")
     else:
         metrics = run(Path(out), {})
-    shown = "mse explained_variance mc_mse mc_explained_variance loss accuracy".split()
+    shown = "mse explained_variance mc_mse mc_explained_variance loss accuracy majority".split()
     found = [f"{n} {metrics[f'eval_{n}']:.4f}" for n in shown if f"eval_{n}" in metrics]
     typer.echo(f"guide in {out}" + (f"; on held-out prompts: {', '.join(found)}" if found else ""))
 
 
-def _setting(text: str, fields: set[str]) -> tuple[str, Any]:
+def _say_start(train: int, valid: int, folder: Path) -> None:
+    typer.echo(f"{train} responses to train on, {valid} to validate; checkpoints in {folder}")
+    if valid < FEW:
+        typer.echo("few to validate on: their error says little; --held-out takes a larger share")
+
+
+def _setting(text: str, fields: set[str], option: str = "--set") -> tuple[str, Any]:
     """``NAME=VALUE``, of any field of the configuration."""
     name, equals, value = text.partition("=")
     name = {"lr": "learning_rate"}.get(name, name)
     if not equals or name not in fields - {"output_dir"}:
+        near = difflib.get_close_matches(name, fields, n=1)
+        meant = near[0] if near else "gradient_accumulation_steps"
         raise ValueError(
-            f"setting is {text!r}; allowed is NAME=VALUE with a name of transformers' "
-            "TrainingArguments, such as gradient_accumulation_steps=4"
+            f"{option} is {text!r}; allowed is NAME=VALUE with a name of transformers' "
+            f"TrainingArguments, such as {meant}"
         )
     return name, _literal(value)
 
 
 def _values(text: str, fields: set[str]) -> tuple[str, list[Any]]:
     """``NAME=VALUE,VALUE``, what a sweep goes through."""
-    name, value = _setting(text, fields)
+    name, value = _setting(text, fields, "--sweep")
     if isinstance(value, tuple):
         return name, list(value)
     return name, [_literal(part) for part in str(value).split(",")]

@@ -31,6 +31,13 @@ def validate(
 
     With --data it first makes the set, from responses to prompts that training holds out.
     """
+    if prompts < 1:
+        raise ValueError(f"--prompts is {prompts}; allowed are whole numbers from 1")
+    if completions < 2:
+        raise ValueError(
+            f"--completions is {completions}; allowed are whole numbers from 2: their spread tells "
+            "the noise of the labels"
+        )
     if data is None and not guides:
         raise ValueError("neither --data nor a guide is given; allowed are either and both")
     if data is not None:
@@ -60,14 +67,14 @@ def _make(
     from fastguide.rewards import load_reward
     from fastguide.train.collect import read
     from fastguide.train.guides import is_held_out
+    from fastguide.train.labels import check_labels
     from fastguide.train.shards import Shards
     from fastguide.train.validation import make_validation
 
+    check_labels(labels)
     shards = Shards(data)
-    about = shards.series[labels]["about"] if labels in shards.series else None
-    if about is None:
-        have = ", ".join(sorted(shards.series))
-        raise ValueError(f"{data} has no {labels!r}; it has {have}")
+    next(shards.rows(labels))  # they are there, and whole
+    about = shards.series[labels]["about"]
     reward = load_reward(about["spec"], device=device, trust_remote_code=trust_remote_code)
     chosen = [r for r in read(data) if r.sample == 0 and is_held_out(r.prompt_ids, held_out)]
     if not chosen:
@@ -101,7 +108,9 @@ def _make(
             seed=seed,
             on_progress=lambda done, _: note(done),
         )
-    typer.echo(f"validation set of {min(prompts, len(chosen))} prefixes in {made.folder}")
+    asked = f" ({prompts} were asked for, {len(chosen)} are held out)"
+    few = asked if len(chosen) < prompts else ""
+    typer.echo(f"validation set of {min(prompts, len(chosen))} prefixes in {made.folder}{few}")
 
 
 def _measure(name: str, folder: str, device: str | None, trust_remote_code: bool) -> None:
@@ -119,7 +128,10 @@ def _measure(name: str, folder: str, device: str | None, trust_remote_code: bool
         trust_remote_code=trust_remote_code,
     )
     found = validate(model, Path(folder))
-    shown = (("MSE", found.mse), ("explained variance", found.explained_variance))
+    shown = (
+        ("MSE, in variances of the reward,", found.mse),
+        ("explained variance", found.explained_variance),
+    )
     parts = [f"{what} {x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]" for what, x in shown]
     typer.echo(
         f"{name}: {', '.join(parts)}; of the error {found.noise:.3f} is noise of the "

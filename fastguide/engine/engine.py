@@ -110,6 +110,7 @@ class Engine:
             vocabulary=vocabulary,
             context=policy.context,
             guide_contexts={name: scorer.context for name, scorer in scorers.items()},
+            guide_kinds={name: getattr(scorer, "kind", None) for name, scorer in scorers.items()},
         )
         self._end_tokens = self._find_end_tokens()
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fastguide.config import Plain, RowParameters, Rule, check_strength
 from fastguide.engine.runner import Row, RowSpec
 from fastguide.engine.text import TextStream
+from fastguide.guides.base import check_rule
 from fastguide.request import Completion, FinishReason, SamplingParams, sample_seed
 
 
@@ -23,6 +24,7 @@ class Limits:
     vocabulary: int
     context: int | None
     guide_contexts: Mapping[str, int | None]
+    guide_kinds: Mapping[str, str | None] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -166,6 +168,8 @@ def build_request(
             f"the prompt has token id {outside[0]}; allowed are 0 to {limits.vocabulary - 1}"
         )
     used = _weights(chosen, weights, limits)
+    for name in used:
+        check_rule(chosen, name, limits.guide_kinds.get(name))
     contexts = {"model": limits.context} | {
         f"guide {name!r}": limits.guide_contexts[name] for name in used
     }

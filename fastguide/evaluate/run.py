@@ -76,7 +76,7 @@ class Runner:
         return self._rewards
 
     def run(self) -> list[dict[str, Any]]:
-        """All points' results, which are also in ``results.json``.
+        """All points' results, which are then in ``results.json``, with what was compared.
 
         Raises:
             ValueError: more than 5 % of a point's responses cannot be judged.
@@ -86,7 +86,8 @@ class Runner:
         for done, point in enumerate(self.study.points):
             self._told("points", done, len(self.study.points))
             results.append(self.result(point, None if point is baseline else baseline))
-            self._write(RESULTS_FILE, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        record = {"study": self.study.summary(), "points": results}
+        self._write(RESULTS_FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
         self._told("points", len(results), len(results))
         return results
 

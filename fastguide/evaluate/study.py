@@ -9,6 +9,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ class Study:
         above = [p.sampling.temperature for p in ordered if p.sampling.temperature > 0]
         return above[0] if above else 1.0
 
+    def summary(self) -> dict[str, Any]:
+        """What was compared, for records: the study without its points, and versions."""
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del facts["points"]
+        versions = {name: metadata.version(name) for name in ("fastguide", "torch", "transformers")}
+        return facts | {"stamp": stamp(self.policy), "versions": versions}
+
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ValueError("a study needs prompts, got none")
@@ -139,10 +147,8 @@ class Study:
                 f"a held-out reward is called {taken[0]!r}, which means something else"
             )
         if self.judge is not None:
-            try:
-                Judge(**self.judge)
-            except TypeError as error:
-                raise ValueError(f"judge: {error}") from error
+            _check_keys("judge", self.judge, Judge)
+            Judge(**self.judge)
         names = [point.name for point in self.points]
         for name in names:
             if names.count(name) > 1:
@@ -222,7 +228,9 @@ def read_study(file: str | Path) -> Study:
     path = Path(file)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read the study {str(path)!r}: {error.strerror}") from error
+    except yaml.YAMLError as error:
         raise ValueError(f"cannot read the study {str(path)!r}: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"the study {str(path)!r} must be a mapping of names")
@@ -239,10 +247,19 @@ def read_study(file: str | Path) -> Study:
         raw["prompts"] = read_file(path.parent / prompts)
     elif odd := [p for p in prompts if not isinstance(p, str)]:
         raise ValueError(f"a prompt is {odd[0]!r}; allowed are texts: put it in quotes")
+    if "reward" not in raw:
+        raise ValueError("the study has no reward; for example reward: cheerfulness")
     base = raw.pop("sampling", {})
     methods = raw.pop("methods", [])
     points = [point for method in methods for point in expand(method, base)]
     return Study(points=points, **raw)
+
+
+def _check_keys(where: str, given: Mapping[str, Any], fields_of: type, *more: str) -> None:
+    """Refuse keys that are no field of a dataclass, nor named here."""
+    allowed = {*(f.name for f in dataclasses.fields(fields_of)), *more}
+    if odd := sorted(given.keys() - allowed):
+        raise ValueError(f"{where} has {odd[0]!r}; allowed are {', '.join(sorted(allowed))}")
 
 
 def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
@@ -252,9 +269,11 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
         ValueError: an unknown rule or setting.
     """
     given = dict(method)
-    name, kind = given.pop("name", None), given.pop("rule", "none")
+    name = given.pop("name", None)
+    kind = given.pop("rule", None if given.get("guide") else "none")
     if kind not in (*RULES, "best-of"):
-        raise ValueError(f"rule is {kind!r}; allowed are {', '.join([*RULES, 'best-of'])}")
+        where = f" of the method {name!r}" if name else ""
+        raise ValueError(f"rule{where} is {kind!r}; allowed are {', '.join([*RULES, 'best-of'])}")
     guide = given.pop("guide", None)
     policy = given.pop("policy", None)
     if not isinstance(guide, (str, Mapping, type(None))):
@@ -274,14 +293,13 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
         options = given | setting
         best_of = options.pop("n", 1) if kind == "best-of" else 1
         rule_class = Plain if kind == "best-of" else RULES[kind]
-        try:
-            rule = rule_class(**options)
-            params = SamplingParams(**(dict(sampling)))
-        except TypeError as error:
-            raise ValueError(f"the method {name or kind!r}: {error}") from error
+        where = f"the method {name or kind!r}"
+        _check_keys(where, options, rule_class, "name", "rule", "guide", "policy", "sampling")
+        _check_keys(f"sampling of {where}", sampling, SamplingParams)
+        rule, params = rule_class(**options), SamplingParams(**sampling)
         if best_of > params.n:
             raise ValueError(
-                f"the method {name or kind!r} takes the best of {best_of}, but {params.n} "
+                f"{where} takes the best of {best_of}, but {params.n} "
                 "responses are sampled; raise n of its sampling"
             )
         points.append(Point(name or kind, setting, rule, weights, params, best_of, policy))

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fastguide.config import FUDGE, Rule
 from fastguide.scorer import Scorer
 
 
@@ -45,6 +46,28 @@ class Guide(Protocol):
             ValueError: for weights that are missing, corrupt or do not fit the policy.
         """
         ...
+
+
+def check_rule(rule: Rule, name: str, kind: str | None) -> None:
+    """Refuse logits of a prefix classifier as values, and values as logits.
+
+    Args:
+        rule: what folds the guide's scores into the distribution.
+        name: the guide, for the message.
+        kind: what its scores are, as in ``GuideConfig``; None fits every rule.
+
+    Raises:
+        ValueError: the rule is FUDGE and the scores are values, or the other way round.
+    """
+    if kind == "classifier" and not isinstance(rule, FUDGE):
+        raise ValueError(
+            f"guide {name!r} is a prefix classifier, the rule is {type(rule).__name__}; "
+            "allowed is FUDGE"
+        )
+    if kind == "value" and isinstance(rule, FUDGE):
+        raise ValueError(
+            f"guide {name!r} is a value model, the rule is FUDGE; allowed are VAS and ARGS"
+        )
 
 
 def check_tokenizer(

@@ -61,4 +61,5 @@ class ValueGuide:
         check_tokenizer(
             str(self.path), tokenizer, backbone.config.get_text_config().vocab_size, context
         )
-        return TreeScorer(Decoder(backbone, context_length(backbone.config)), model.head)
+        decoder = Decoder(backbone, context_length(backbone.config))
+        return TreeScorer(decoder, model.head, model.config.kind)

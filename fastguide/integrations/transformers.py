@@ -21,6 +21,7 @@ from fastguide import kernels
 from fastguide.config import Rule
 from fastguide.engine.sampler import mode_of
 from fastguide.guides import Guide, LoadContext
+from fastguide.guides.base import check_rule
 from fastguide.kernels import reference
 from fastguide.scorer import State, follow
 
@@ -64,6 +65,8 @@ class GuidedLogitsProcessor(LogitsProcessor):
         if unknown := given.keys() - guides.keys():
             raise ValueError(f"unknown guide {min(unknown)!r}; allowed are {', '.join(guides)}")
         self.weights = given
+        for name, scorer in self.scorers.items():
+            check_rule(rule, name, getattr(scorer, "kind", None))
         self.rule = rule
         self.row = rule.lower(temperature)
         self._states: dict[str, list[State]] = {name: [] for name in guides}

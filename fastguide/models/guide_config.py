@@ -39,7 +39,8 @@ class RewardScale:
             ValueError: they do not vary.
         """
         if len(raw) < 2 or max(raw) == min(raw):
-            raise ValueError(f"the reward {name!r} must vary over at least 2 responses")
+            seen = f"is {raw[0]:g} for all {len(raw)}" if len(raw) > 1 else "is of fewer than 2"
+            raise ValueError(f"the reward {name!r} {seen} responses; a guide needs what varies")
         return cls(name, statistics.fmean(raw), statistics.pstdev(raw), per_token)
 
     def standardise(self, raw: Iterable[float]) -> list[float]:

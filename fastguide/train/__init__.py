@@ -5,12 +5,7 @@ from typing import TYPE_CHECKING
 from fastguide.lazy import lazily
 
 if TYPE_CHECKING:
-    from fastguide.train.collect import (
-        CollectConfig as CollectConfig,
-        collect as collect,
-        label as label,
-        load_episodes as load_episodes,
-    )
+    from fastguide.train.collect import CollectConfig as CollectConfig, collect as collect
     from fastguide.train.episodes import Episode as Episode
     from fastguide.train.fudge import (
         FudgeConfig as FudgeConfig,
@@ -21,6 +16,7 @@ if TYPE_CHECKING:
         sweep as sweep,
         train_guide as train_guide,
     )
+    from fastguide.train.labels import label as label, load_episodes as load_episodes
     from fastguide.train.preferences import (
         train_reward as train_reward,
         train_sft as train_sft,
@@ -37,8 +33,8 @@ if TYPE_CHECKING:
 _HOME = {
     "CollectConfig": "collect",
     "collect": "collect",
-    "label": "collect",
-    "load_episodes": "collect",
+    "label": "labels",
+    "load_episodes": "labels",
     "Episode": "episodes",
     "FudgeConfig": "fudge",
     "FudgeTrainer": "fudge",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastguide.engine import Engine
-from fastguide.engine.text import CONTEXT_TOKENS
-from fastguide.models.guide_config import RewardScale
 from fastguide.request import SamplingParams, sample_seed
-from fastguide.rewards import MOST_FAILURES, Reward, Sample, judge_or_raise, spec_of
-from fastguide.train.episodes import Episode, Rollout, episodes_of
-from fastguide.train.shards import Shards
+from fastguide.rewards import MOST_FAILURES
+from fastguide.train.episodes import Rollout
+from fastguide.train.shards import Draft, Shards
 
 ROLLOUTS = "rollouts"
 """The series of responses; every other series of a folder is of rewards."""
-
-REASONS = 3
-"""Samples of a shard without a reward that the manifest names."""
 
 OnProgress = Callable[[int, int], None]
 """Told how many of how many responses are done."""
@@ -89,20 +84,32 @@ def collect(
     done, of = 0, len(prompts) * config.samples_per_prompt
     for number in range(shards.series[ROLLOUTS]["of"]):
         first = number * config.shard_prompts
-        chunk = shard_prompts(prompts, config, number)
+        chunk, draft = shard_prompts(prompts, config, number), shards.draft(ROLLOUTS, number)
         if not shards.has(ROLLOUTS, number):
             said = None if texts is None else texts[first : first + len(chunk)]
-            rollouts = []
-            for rollout in sample(engine, chunk, first, config, most[first:], said):
-                rollouts.append(rollout)
+            groups = drafted(draft)
+            whole = frozenset(groups)
+            for rollout in sample(engine, chunk, first, config, most[first:], said, whole):
+                group = groups.setdefault(rollout.prompt, [])
+                group.append(rollout)
+                if len(group) == config.samples_per_prompt:
+                    draft.add([asdict(each) for each in group])
                 if on_progress is not None:
-                    on_progress(done + len(rollouts), of)
-            table, failed = table_of(rollouts), len(chunk) * config.samples_per_prompt
-            shards.write(ROLLOUTS, number, table, failed=failed - table.num_rows)
+                    on_progress(done + sum(map(len, groups.values())), of)
+            table = table_of([rollout for group in groups.values() for rollout in group])
+            failed = len(chunk) * config.samples_per_prompt - table.num_rows
+            shards.write(ROLLOUTS, number, table, failed=failed)
+        draft.drop()
         done += len(chunk) * config.samples_per_prompt
         if on_progress is not None:
             on_progress(done, of)
     return shards
+
+
+def drafted(draft: Draft) -> dict[int, list[Rollout]]:
+    """The responses to those prompts of a shard that have all of theirs."""
+    groups = ([_rollout(row) for row in part] for part in draft.parts())
+    return {group[0].prompt: group for group in groups}
 
 
 def about_model(model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -168,15 +175,21 @@ def sample(
     config: CollectConfig,
     limits: Sequence[int],
     texts: Sequence[str] | None = None,
+    done: Container[int] = (),
 ) -> Iterator[Rollout]:
     """Responses to prompts ``first``, ``first + 1``, …, as they end.
 
-    ``limits`` are theirs, and ``texts``, where rewards do not read the decoded ids.
+    ``limits`` are theirs, and ``texts``, where rewards do not read the decoded ids. Prompts that
+    are ``done`` have their responses.
 
     Prompts that cannot be continued get none.
     """
     context = engine.limits.context
-    usable = [i for i, prompt in enumerate(prompts) if can_continue(prompt, context)]
+    usable = [
+        i
+        for i, prompt in enumerate(prompts)
+        if can_continue(prompt, context) and first + i not in done
+    ]
     sampling = [
         SamplingParams(
             temperature=config.temperature,
@@ -190,6 +203,8 @@ def sample(
         index = usable[output.prompt]
         if output.error is not None:
             raise ValueError(f"prompt {first + index}: {output.error}")
+        if output.finish_reason == "aborted":  # an interrupt, which follows
+            continue
         yield Rollout(
             prompt=first + index,
             sample=output.sample,
@@ -235,136 +250,18 @@ def rollouts_of(table: Any) -> list[Rollout]:
     return [_rollout(row) for row in table.to_pylist()]
 
 
-def label(
-    folder: str | Path,
-    reward: Reward,
-    decode: Callable[[Sequence[int]], str],
-    *,
-    name: str = "reward",
-    max_tokens: int | None = None,
-    on_progress: OnProgress | None = None,
-) -> Shards:
-    """Judge the responses of a finished collection; shards already judged stay.
-
-    Args:
-        folder: where ``collect`` put the responses.
-        reward: judges them.
-        decode: token ids to text without special tokens.
-        name: of the series of rewards; a folder may hold several.
-        max_tokens: judge the first so many tokens: they are a response sampled with that limit.
-        on_progress: told after each shard how many responses are judged.
-
-    Raises:
-        ValueError: the responses are unfinished; the series is of another reward or limit; or
-            more than 5 % of the samples of a shard cannot be judged, which are then named.
-    """
-    shards = label_series(folder, reward, name, max_tokens)
-    rows = [entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values()]
-    done = 0
-    for number in range(shards.series[name]["of"]):
-        rollouts = rollouts_of(shards.read(ROLLOUTS, number))
-        if not shards.has(name, number):
-            table, failed = judged(rollouts, reward, decode, max_tokens)
-            shards.write(name, number, table, failed=len(failed), reasons=failed[:REASONS])
-        done += len(rollouts)
-        if on_progress is not None:
-            on_progress(done, sum(rows))
-    return shards
-
-
-def label_series(folder: str | Path, reward: Reward, name: str, max_tokens: int | None) -> Shards:
-    """The folder with a series of rewards begun or continued; see ``label``."""
-    shards = Shards(folder)
-    if not shards.complete(ROLLOUTS):
-        raise ValueError(f"the rollouts at {folder} are unfinished; run their collection again")
-    of = shards.series[ROLLOUTS]["of"]
-    shards.begin(
-        name,
-        of,
-        reward=reward.name,
-        spec=spec_of(reward),
-        max_tokens=max_tokens,
-        per_token=reward.per_token,
-    )
-    return shards
-
-
-def judged(
-    rollouts: Sequence[Rollout],
-    reward: Reward,
-    decode: Callable[[Sequence[int]], str],
-    max_tokens: int | None,
-) -> tuple[Any, list[str]]:
-    """A shard of rewards, row by row beside the responses, and which could not be judged, and why.
-
-    Raises:
-        ValueError: more than 5 % of them could not.
-    """
-    import pyarrow as pa
-
-    samples = []
-    for rollout in rollouts:
-        ids = rollout.response_ids[:max_tokens]
-        samples.append(sample_of(rollout, ids, decode))
-
-    def where(i: int) -> str:
-        return f"prompt {rollouts[i].prompt}, sample {rollouts[i].sample}"
-
-    values, failures = judge_or_raise(reward, samples, where)
-    reasons = {failure.sample: failure.reason for failure in failures}
-    table = pa.table(
-        {
-            "reward": pa.array(values, pa.float64()),
-            "response": pa.array([s.response for s in samples], pa.string()),
-            "failure": pa.array([reasons.get(i) for i in range(len(samples))], pa.string()),
-        }
-    )
-    return table, [f"{where(f.sample)}: {f.reason}" for f in failures]
-
-
-def sample_of(
-    rollout: Rollout, response_ids: Sequence[int], decode: Callable[[Sequence[int]], str]
-) -> Sample:
-    """Prompt and response as texts, for a reward; ``response_ids`` are judged, not the rollout's.
-
-    The response is read after the prompt's last tokens: alone, some tokenizers would drop the
-    space that it begins with.
-    """
-    last = list(rollout.prompt_ids[-CONTEXT_TOKENS:])
-    text = decode([*last, *response_ids])[len(decode(last)) :]
-    prompt = rollout.prompt_text
-    if prompt is None:
-        prompt = decode(rollout.prompt_ids)
-    return Sample(prompt, text, len(response_ids))
-
-
-def load_episodes(folder: str | Path, labels: str = "reward") -> tuple[list[Episode], RewardScale]:
-    """The episodes of a collection and one of its series of rewards; see ``episodes_of``.
-
-    Raises:
-        ValueError: either is missing, unfinished or broken, or the rewards do not vary.
-    """
-    shards = Shards(folder)
-    rows = list(shards.rows(labels))
-    about = shards.series[labels]["about"]
-    return episodes_of(
-        read(folder),
-        (row["reward"] for row in rows),
-        about["reward"],
-        max_tokens=about["max_tokens"],
-        per_token=about["per_token"],
-    )
+def kept(shards: Shards) -> int:
+    """How many responses there are so far."""
+    found = shards.series[ROLLOUTS]
+    missing = [n for n in range(found["of"]) if not shards.has(ROLLOUTS, n)]
+    drafts = [shards.draft(ROLLOUTS, number) for number in missing]
+    begun = sum(len(group) for draft in drafts for group in drafted(draft).values())
+    return begun + sum(entry["rows"] for entry in found["shards"].values())
 
 
 def failures(shards: Shards, name: str) -> int:
     """How many responses a series leaves out."""
     return sum(entry.get("failed", 0) for entry in shards.series[name]["shards"].values())
-
-
-def reasons(shards: Shards, name: str) -> list[str]:
-    """Some of the responses that a series of rewards leaves out, and why."""
-    entries = shards.series[name]["shards"].values()
-    return [reason for entry in entries for reason in entry.get("reasons", [])]
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

@@ -42,8 +42,8 @@ def attributes(episodes: Sequence[Episode], above: float | None = None) -> list[
     share = statistics.fmean(e.reward for e in labelled)
     if share in (0.0, 1.0):
         raise ValueError(
-            f"{'all' if share else 'none'} of {len(labelled)} responses have a reward above "
-            f"{border:g} (in standard units); a classifier needs both"
+            f"{'all' if share else 'none'} of {len(labelled)} responses have a reward above the "
+            "border; a classifier needs both"
         )
     return labelled
 
@@ -59,7 +59,8 @@ class FudgeTrainer(PrefixTrainer):
     """Trains a ``ValueModel`` as a classifier; episodes' rewards are 0 or 1 (``attributes``).
 
     Validation gives ``eval_loss``, the cross-entropy in nats, and ``eval_accuracy``, both over all
-    prefixes; and ``eval_last_accuracy``, of whole responses.
+    prefixes; ``eval_last_accuracy``, of whole responses; and ``eval_majority``, the accuracy of
+    whoever always gives the more frequent answer.
     """
 
     def losses(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
@@ -70,17 +71,20 @@ class FudgeTrainer(PrefixTrainer):
         )
 
     def statistics(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
-        """Right answers, the last one, and how many prefixes."""
+        """Right answers, the last one, how many prefixes, and of those with the attribute."""
         label = batch.rewards.sum(1, keepdim=True) > 0.5
         right = ((values > 0) == label) & batch.states
         last = batch.states.sum(dim=1) + batch.states.int().argmax(dim=1) - 1
-        columns = (right.sum(1), right.gather(1, last[:, None])[:, 0], batch.states.sum(1))
+        having = (label & batch.states).sum(1)
+        at_last = right.gather(1, last[:, None])[:, 0]
+        columns = (right.sum(1), at_last, batch.states.sum(1), having)
         return torch.stack([column.double() for column in columns], dim=1)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """From the sums over all episodes."""
-        right, last, prefixes = np.asarray(prediction.predictions).sum(axis=0)
+        right, last, prefixes, having = np.asarray(prediction.predictions).sum(axis=0)
         return {
             "accuracy": float(right / prefixes),
             "last_accuracy": float(last / len(prediction.predictions)),
+            "majority": float(max(having, prefixes - having) / prefixes),
         }

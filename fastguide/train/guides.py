@@ -22,9 +22,10 @@ from fastguide import assets
 from fastguide.models.guide_config import CONFIG_FILE, GuideConfig
 from fastguide.models.loading import find_tokenizer
 from fastguide.models.value import ValueModel
-from fastguide.train.collect import ROLLOUTS, check_tokenizer, load_episodes
+from fastguide.train.collect import ROLLOUTS, check_tokenizer
 from fastguide.train.episodes import Episode
 from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes, default_border
+from fastguide.train.labels import load_episodes
 from fastguide.train.prefix import PrefixConfig, PrefixTrainer
 from fastguide.train.shards import Shards
 from fastguide.train.validation import validate
@@ -120,7 +121,12 @@ def train_guide(
     episodes, scale = load_episodes(data, labels)
     if kind == "fudge":
         border = default_border(episodes) if above is None else scale.standardise([above])[0]
-        episodes = attributes(episodes, border)
+        try:
+            episodes = attributes(episodes, border)
+        except ValueError as error:
+            raw = [scale.mean + scale.std * e.reward for e in episodes]
+            seen = f"above is {above}, and rewards lie from {min(raw):.4g} to {max(raw):.4g}"
+            raise ValueError(f"{error} ({seen})") from error
         above = scale.mean + scale.std * border if above is None else above
     train, valid = split(episodes, held_out)
     torch.manual_seed(config.seed)

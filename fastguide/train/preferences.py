@@ -50,6 +50,8 @@ def read_rows(kind: str, files: Sequence[str | Path]) -> Any:
     parquet = [path.suffix == ".parquet" for path in paths]
     if any(parquet) and not all(parquet):
         raise ValueError("some files are Parquet and some are not; allowed is one type at a time")
+    if empty := [str(path) for path in paths if path.stat().st_size == 0]:
+        raise ValueError(f"{empty[0]!r} is empty; needed are rows")
     loader = "parquet" if all(parquet) else "json"
     names = [str(path) for path in paths]
     try:
@@ -145,6 +147,10 @@ def train_sft(
     return _finish(trainer, tokenizer)
 
 
+def _no_card(*_: Any, **__: Any) -> None:
+    """In place of a trainer's card."""
+
+
 def _tokens(rows: Any, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> Any:
     """Pairs as token ids: the texts as they are.
 
@@ -191,6 +197,7 @@ def _split(rows: Any, held_out: float, seed: int) -> dict[str, Any]:
 
 def _finish(trainer: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     folder = Path(trainer.args.output_dir)
+    trainer.create_model_card = _no_card  # TRL's names neither the base nor the data here
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     metrics: dict[str, float] = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():

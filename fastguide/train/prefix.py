@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from fastguide.models.guide_config import GuideConfig
@@ -85,8 +86,19 @@ class PrefixConfig(TrainingArguments):
         if self.length_pool < 1:
             raise ValueError(f"length_pool must be at least 1, got {self.length_pool}")
         super().__post_init__()
+        check_reports(self)
         if not torch.cuda.is_available():  # else every run begins with a warning
             self.dataloader_pin_memory = False
+
+
+def check_reports(config: TrainingArguments) -> None:
+    """Refuse, by an ImportError, a logger that is not installed."""
+    wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    missing = sorted({*wanted} - {*get_available_reporting_integrations(), "none", "all"})
+    if missing:
+        raise ImportError(
+            f"report_to is {missing[0]!r}, which is not installed: pip install {missing[0]}"
+        )
 
 
 def last_checkpoint(folder: Path) -> str | None:

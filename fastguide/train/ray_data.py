@@ -16,20 +16,18 @@ from typing import Any
 from fastguide.engine import Engine
 from fastguide.rewards import load_reward
 from fastguide.train.collect import (
-    REASONS,
     ROLLOUTS,
     CollectConfig,
     OnProgress,
     about_model,
     check_prompts,
-    judged,
-    label_series,
     open_shards,
     rollouts_of,
     sample,
     shard_prompts,
     table_of,
 )
+from fastguide.train.labels import REASONS, judged, label_series
 from fastguide.train.shards import Shards
 
 SHARDS_AT_ONCE = 1024
@@ -96,6 +94,7 @@ def collect_with_ray(
         ray, todo, _Sampler, (str(model), given, config), workers, gpus
     ):
         shards.write(ROLLOUTS, number, table, failed=failed)
+        shards.draft(ROLLOUTS, number).drop()  # of a run without Ray
         left -= table.num_rows + failed
         if on_progress is not None:
             on_progress(done - left, done)

@@ -1,7 +1,8 @@
 """A folder of Parquet shards and the manifest that says which of them are whole.
 
-A shard counts once the manifest names it; both are written under a temporary name and renamed. So
-whoever is killed at any moment finds, when started again, what was finished and nothing else.
+A shard counts once the manifest names it; both are written under a temporary name and renamed. What
+is finished of a shard before that stands in its draft. So whoever is killed at any moment finds,
+when started again, what was finished and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "manifest.json"
 LOCK_FILE = ".lock"
 FORMAT_VERSION = 2
+NAME = re.compile(r"\w[\w.-]*")
 
 
 def parquet() -> Any:
@@ -48,7 +51,7 @@ class Shards:
         self.folder = Path(folder)
         file = self.folder / MANIFEST_FILE
         manifest = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        if manifest is not None and about is not None and _empty(manifest):
+        if manifest is not None and about is not None and _empty(manifest, self.folder):
             file.unlink()  # nothing is lost by beginning anew
             manifest = None
         if manifest is None:
@@ -62,9 +65,8 @@ class Shards:
                 f"this version reads {FORMAT_VERSION}"
             )
         if about is not None and manifest["about"] != about:
-            odd = sorted(k for k in about if manifest["about"].get(k) != about[k])
             raise ValueError(
-                f"{self.folder} holds rollouts with another {', '.join(odd)}; "
+                f"{self.folder} holds rollouts with {_differences(manifest['about'], about)}; "
                 "choose another folder or delete it"
             )
         self._manifest = manifest
@@ -85,8 +87,13 @@ class Shards:
         """Begin or continue a series of ``of`` shards.
 
         Raises:
-            ValueError: the folder has such a series with other facts or another length.
+            ValueError: the name is none for files, or the folder has such a series with other facts
+                or another length.
         """
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"a name is {name!r}; allowed are letters, digits, and . _ - after the first"
+            )
         found = self.series.get(name)
         if found is None or not found["shards"]:
             with self._changing():
@@ -121,6 +128,10 @@ class Shards:
         with self._changing():
             self.series[name]["shards"][str(number)] = entry
 
+    def draft(self, name: str, number: int) -> Draft:
+        """What there is of a shard that is not whole yet."""
+        return Draft(self.folder / f"{name}-{number:05d}.draft.jsonl")
+
     def read(self, name: str, number: int) -> pa.Table:
         """A whole shard.
 
@@ -142,7 +153,7 @@ class Shards:
             ValueError: there is no such series, it is unfinished, or a shard is broken.
         """
         if name not in self.series:
-            have = ", ".join(sorted(self.series)) or "nothing"
+            have = ", ".join(sorted(filter(self.complete, self.series))) or "nothing"
             raise ValueError(f"{self.folder} has no {name!r}; it has {have}")
         if not self.complete(name):
             raise ValueError(f"{name!r} in {self.folder} are unfinished; run that command again")
@@ -183,9 +194,46 @@ class Shards:
             _rename(part, file)
 
 
-def _empty(manifest: dict[str, Any]) -> bool:
-    """Whether it names no shard."""
-    return not any(series["shards"] for series in manifest.get("series", {}).values())
+class Draft:
+    """Finished parts of a shard, each on a line of its own; being killed costs the last at most."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def add(self, part: Any) -> None:
+        """Keep a part, plain data."""
+        with self._file.open("ab") as stream:  # begins a line: the last one may be cut off
+            stream.write(b"\n" + json.dumps(part).encode() + b"\n")
+
+    def parts(self) -> Iterator[Any]:
+        """All whole parts."""
+        for line in self._file.read_bytes().split(b"\n") if self._file.is_file() else ():
+            with contextlib.suppress(ValueError):
+                if line:
+                    yield json.loads(line)
+
+    def drop(self) -> None:
+        """The shard is whole."""
+        self._file.unlink(missing_ok=True)
+
+
+def _empty(manifest: dict[str, Any], folder: Path) -> bool:
+    """Whether it names no shard, and none was begun."""
+    named = any(series["shards"] for series in manifest.get("series", {}).values())
+    return not named and not any(folder.glob("*.draft.jsonl"))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs, with both values; of texts that nobody reads, such as digests, only that."""
+    found = []
+    for key in sorted(new):
+        was, now = old.get(key), new[key]
+        if isinstance(was, dict) and isinstance(now, dict):
+            if was != now:
+                found.append(_differences(was, now))
+        elif was != now:
+            found.append(f"another {key}" if key == "prompts" else f"{key} {was!r}, not {now!r}")
+    return ", ".join(found)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from fastguide.engine import Engine
 from fastguide.models.guide_config import GuideConfig
 from fastguide.models.value import ValueModel
 from fastguide.rewards import Reward, judge_or_raise, spec_of
-from fastguide.train.collect import CollectConfig, OnProgress, collect, read, sample_of
+from fastguide.train.collect import CollectConfig, OnProgress, collect, read
 from fastguide.train.episodes import Rollout
+from fastguide.train.labels import sample_of
 from fastguide.train.shards import Shards
 
 LABELS = "values"

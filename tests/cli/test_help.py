@@ -63,3 +63,15 @@ def test_unknown_option_is_refused(run):
     result = run("generate", "Once", "--bogus")
     assert result.exit_code == 2
     assert "--bogus" in result.stderr
+
+
+def test_benchmarks_have_help_of_their_own(run):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastguide.cli", "bench", "ops", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "usage: bench_ops.py" in done.stdout
+    for words in (["bench"], ["bench", "--help"]):
+        assert "Time fastguide beside" in run(*words).stdout

@@ -59,3 +59,16 @@ def test_an_interrupt_before_the_model_is_loaded(start):
         interrupt(process)
     else:
         pytest.fail("the command did not wait for its input")
+
+
+@pytest.mark.slow
+def test_a_collection_that_is_interrupted_says_what_it_keeps(start, tmp_path):
+    words = ("collect", tmp_path / "data", "--max-tokens", 900, "--max-rows", 1, "--n", 1)
+    prompts = ("and " * 1015, "Once upon a time", "Tom")  # the first is done long before the second
+    process = start(*words, *prompts)
+    draft = tmp_path / "data/rollouts-00000.draft.jsonl"
+    while not draft.is_file() and process.poll() is None:
+        time.sleep(0.05)
+    _, err = interrupt(process)
+    assert "interrupted: 1 of 3 responses are in" in err
+    assert "the same command continues" in err

@@ -68,9 +68,13 @@ def test_prompts_may_lie_in_a_file(study: Path) -> None:
     ("old", "new", "said"),
     [
         ("dtype:", "dtypo:", "the study has the entry 'dtypo'; allowed are"),
-        ("rule: vas", "rule: vass", "rule is 'vass'; allowed are vas, args, fudge, none, best-of"),
+        ("rule: vas", "rule: vass", "rule of the method 'VAS' is 'vass'; allowed are vas, args"),
+        ("rule: vas, ", "", "rule of the method 'VAS' is None; allowed are vas, args, fudge"),
+        ("reward: cheerfulness", "", "the study has no reward; for example reward: cheer"),
+        ("seed: 3", "sead: 3", "sampling of the method 'plain' has 'sead'; allowed are"),
+        ("[Once upon a time, Tom had a red ball.]", "none.txt", "cannot read prompts from"),
         ("k: 8", "k: [1, 2]", "varies beta and k; allowed is one"),
-        ("k: 8", "kk: 8", "unexpected keyword argument 'kk'"),
+        ("k: 8", "kk: 8", "'VAS' has 'kk'; allowed are beta, fill, guide, k, name"),
         ("k: 8", "k: 0", "k is 0; allowed are whole numbers from 1"),
         ("guide: cheerful", "guide: joy", "VAS beta=0 has guide 'joy'; the study has cheerful"),
         ("n: [1, 3]", "n: [1, 9]", "best of 9, but 4 responses are sampled"),
@@ -89,7 +93,7 @@ def test_prompts_may_lie_in_a_file(study: Path) -> None:
             "plain takes no guide, got {'cheerful': 1.0}",
         ),
         ("guide: cheerful", "guide: [cheerful]", r"guide is ['cheerful']; allowed are a name and"),
-        ("dtype: float32", "judge: {uri: x}", "unexpected keyword argument 'uri'"),
+        ("dtype: float32", "judge: {uri: x}", "judge has 'uri'; allowed are attempts, batch"),
         ("dtype: float32", "coherence: {pool: x}", "coherence has 'pool'; allowed are path"),
     ],
 )
@@ -185,6 +189,11 @@ def test_the_command_writes_results_table_and_plots(study: Path, tmp_path: Path)
         "sweep-beta.png",
         "sweep-n.png",
     } <= names
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert [point["point"] for point in record["points"]][2] == "VAS beta=4"
+    assert record["study"]["reward"] == "cheerfulness"
+    assert record["study"]["stamp"] == stamp(None)
+    assert set(record["study"]["versions"]) == {"fastguide", "torch", "transformers"}
     wrong = subprocess.run(
         [*command[:-1], "none.yaml", "--out", "x"], capture_output=True, text=True
     )

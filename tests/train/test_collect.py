@@ -5,28 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastguide import Engine
-from fastguide.kernels.reference import td_lambda
 from fastguide.models.loading import load_tokenizer
-from fastguide.rewards import FunctionReward, Sample, load_reward
-from fastguide.train.collect import (
-    CollectConfig,
-    check_tokenizer,
-    collect,
-    failures,
-    label,
-    load_episodes,
-    read,
-    sample_of,
-)
-from fastguide.train.episodes import Rollout, collate, episodes_of
+from fastguide.rewards import load_reward
+from fastguide.train.collect import CollectConfig, check_tokenizer, collect, failures, kept, read
+from fastguide.train.labels import label, load_episodes
 from fastguide.train.shards import MANIFEST_FILE, Shards
 
 CONFIG = CollectConfig(samples_per_prompt=2, max_tokens=6, shard_prompts=2, seed=3)
@@ -117,6 +105,54 @@ def test_kill_and_resume_equals_an_uninterrupted_run(
     assert Shards(tmp_path).digest() == Shards(whole).digest()
 
 
+def test_what_is_finished_of_a_shard_is_not_sampled_again(tmp_path: Path) -> None:
+    """Killed in the middle of a line, too."""
+    engine = Engine("stories", guides={}, dtype="float32", device="cpu", max_rows=1)
+    config = dataclasses.replace(CONFIG, shard_prompts=5)
+    collect(engine, PROMPTS, tmp_path / "whole", config, policy="stories")
+
+    def kill(done: int, of: int) -> None:
+        if done == 7:  # three prompts have both of their responses, the fourth has one
+            raise Killed
+
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        collect(engine, PROMPTS, folder, config, policy="stories", on_progress=kill)
+    draft = folder / "rollouts-00000.draft.jsonl"
+    draft.write_bytes(draft.read_bytes()[:-9])
+    assert kept(Shards(folder)) == 4
+    other = dataclasses.replace(config, temperature=0.5)
+    with pytest.raises(ValueError, match=r"rollouts with temperature 0.7, not 0.5; choose"):
+        collect(engine, PROMPTS, folder, other, policy="stories")
+    told: list[int] = []
+    shards = collect(
+        engine, PROMPTS, folder, config, policy="stories", on_progress=lambda n, _: told.append(n)
+    )
+    assert told == [5, 6, 7, 8, 9, 10, 10]
+    assert list(read(folder)) == list(read(tmp_path / "whole"))
+    assert {f.name for f in folder.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+    assert kept(shards) == 10
+
+
+def test_ctrl_c_keeps_no_response_that_is_cut_short(
+    engine: Engine, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = engine.runner.step, []
+
+    def interrupted(rows: Any) -> Any:
+        steps.append(len(rows))
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(rows)
+
+    monkeypatch.setattr(engine.runner, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(engine, PROMPTS, tmp_path, CONFIG, policy="stories")
+    monkeypatch.undo()
+    collect(engine, PROMPTS, tmp_path, CONFIG, policy="stories")
+    assert list(read(tmp_path)) == list(read(whole))
+
+
 def test_a_finished_folder_is_left_alone(engine: Engine, whole: Path) -> None:
     before = {f: f.stat().st_mtime_ns for f in whole.iterdir()}
     collect(engine, PROMPTS, whole, CONFIG, policy="stories")
@@ -126,7 +162,7 @@ def test_a_finished_folder_is_left_alone(engine: Engine, whole: Path) -> None:
 def test_other_settings_are_refused(engine: Engine, whole: Path) -> None:
     with pytest.raises(ValueError, match="rollouts with another prompts;"):
         collect(engine, PROMPTS[:3], whole, CONFIG, policy="stories")
-    with pytest.raises(ValueError, match="rollouts with another policy;"):
+    with pytest.raises(ValueError, match="rollouts with policy 'stories', not 'others';"):
         collect(engine, PROMPTS, whole, CONFIG, policy="others")
 
 
@@ -152,113 +188,6 @@ def test_missing_pyarrow_is_named_with_its_extra(
 def test_a_folder_without_rollouts_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no rollouts at .*: manifest.json is missing"):
         list(read(tmp_path))
-
-
-# ------------------------------------------------------------------------------------ rewards
-
-
-def test_rewards_stand_beside_the_responses(engine: Engine, whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(engine.tokenizer.decode(ids, skip_special_tokens=True))
-
-    told = []
-    label(
-        folder,
-        load_reward("vader"),
-        decode,
-        max_tokens=4,
-        on_progress=lambda done, of: told.append((done, of)),
-    )
-    label(folder, load_reward(["vader", "length"]), decode, name="both")
-    label(folder, load_reward("brevity"), decode, name="brevity")
-    assert told == [(4, 10), (8, 10), (10, 10)]
-    rows = list(Shards(folder).rows("reward"))
-    rollouts = list(read(folder))
-    assert [row["response"] for row in rows] == [decode(r.response_ids[:4]) for r in rollouts]
-    episodes, scale = load_episodes(folder, "both")
-    assert (scale.name, scale.per_token) == ("1*vader + 1*length", False)
-    assert [len(e.response_ids) for e in episodes] == [len(r.response_ids) for r in rollouts]
-    with pytest.raises(ValueError, match="'brevity' must vary"):  # all have 6 tokens
-        load_episodes(folder, "brevity")
-    with pytest.raises(ValueError, match=r"'brevity' in .* has reward 'brevity', not 'length'"):
-        label(folder, load_reward("length"), decode, name="brevity")
-    with pytest.raises(ValueError, match="has no 'joy'; it has both, brevity, reward, rollouts"):
-        load_episodes(folder, "joy")
-
-
-def test_killed_labelling_goes_on_where_it_was(whole: Path, tmp_path: Path) -> None:
-    folder, judged = copy(whole, tmp_path), []
-
-    def reward(prompt: str, response: str) -> float:
-        judged.append(response)
-        return len(response)
-
-    def kill(done: int, of: int) -> None:
-        if done == 8:
-            raise Killed
-
-    with pytest.raises(Killed):
-        label(folder, FunctionReward(reward), str, on_progress=kill)
-    with pytest.raises(ValueError, match=r"'reward' in .* are unfinished"):
-        load_episodes(folder)
-    shards = label(folder, FunctionReward(reward), str)
-    assert len(judged) == 10
-    assert failures(shards, "reward") == 0
-
-
-def test_a_sample_that_cannot_be_judged_is_left_out(tmp_path: Path) -> None:
-    from fastguide.train.collect import judged
-
-    rollouts = [Rollout(i, 0, (1,), (2, i), "stop") for i in range(40)]
-
-    def reward(prompt: str, response: str) -> float:
-        if response == " 2 7":
-            raise RuntimeError("no opinion")
-        return float("nan") if response == " 2 9" else len(response)
-
-    def decode(ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
-    table, failed = judged(rollouts, FunctionReward(reward), decode, None)
-    assert failed == [
-        "prompt 7, sample 0: RuntimeError: no opinion",
-        "prompt 9, sample 0: the reward is nan",
-    ]
-    rows = table.to_pylist()
-    assert [i for i, row in enumerate(rows) if row["reward"] is None] == [7, 9]
-    assert rows[7]["failure"] == "RuntimeError: no opinion"
-    assert rows[9]["failure"] == "the reward is nan"
-    with pytest.raises(ValueError, match=r"failed on 2 of 10 .* prompt 7, sample 0: RuntimeError"):
-        judged(rollouts[:10], FunctionReward(reward), decode, None)
-
-
-def test_episodes_are_cut_and_standardised() -> None:
-    rollouts = [
-        Rollout(0, 0, (1, 2), (3, 4, 5, 6), "length"),
-        Rollout(1, 0, (1,), (3, 0), "stop"),
-        Rollout(2, 0, (1,), (9, 9), "stop"),
-    ]
-    episodes, scale = episodes_of(
-        rollouts, [-3.0, -2.0, None], "brevity", max_tokens=3, per_token=-1.0
-    )
-    assert [len(e.response_ids) for e in episodes] == [3, 2]
-    assert (scale.mean, scale.std, scale.per_token) == (-2.5, 0.5, True)
-    # Paid per token, 1 / std each; what is still to come is 0 in the mean over all states.
-    assert [e.token_reward for e in episodes] == [-2.0, -2.0]
-    batch = collate(episodes)
-    left = td_lambda(torch.zeros(2, 5), batch.rewards, batch.states, 1.0, 1.0)
-    assert left.sum().item() == pytest.approx(0.0, abs=1e-5)
-    assert left[0, 1].item() - left[1, 0].item() == pytest.approx(-2.0)  # 3 tokens, not 2
-    episodes, _ = episodes_of(rollouts, [0.9, -0.1, None], "joy", max_tokens=3)
-    assert [(e.reward, e.token_reward) for e in episodes] == [(1.0, 0.0), (-1.0, 0.0)]
-    with pytest.raises(ValueError, match="'joy' must vary"):
-        episodes_of(rollouts, [1.0, 1.0, 1.0], "joy")
-
-
-def test_samples_say_how_many_tokens_they_have() -> None:
-    assert load_reward("length")([Sample("p", "r", 5)]) == [5.0]
 
 
 def test_two_who_write_one_folder_lose_nothing(engine: Engine, whole: Path, tmp_path: Path) -> None:
@@ -291,16 +220,6 @@ def test_another_series_is_no_other_data(whole: Path, tmp_path: Path) -> None:
     assert Shards(folder).digest("rollouts", "more") != before
 
 
-def test_sums_are_read_back_from_their_series(engine: Engine, whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
-    reward = load_reward(["cheerfulness", "0.0123456789*brevity", "-1e-9*regex:a + b"])
-    label(folder, reward, engine.tokenizer.decode)
-    again = load_reward(Shards(folder).series["reward"]["about"]["spec"])
-    assert again.name == reward.name
-    samples = [Sample("", "A cat. a   b", 3)]
-    assert again(samples) == reward(samples)
-
-
 def test_another_tokenizer_is_refused(whole: Path, tmp_path: Path) -> None:
     other = Path("../shared/models/stories260k")
     if not other.is_dir():
@@ -317,17 +236,6 @@ def test_wrong_temperatures_are_refused_before_anything_is_written(temperature: 
         CollectConfig(temperature=temperature)
 
 
-def test_responses_are_read_after_their_prompt() -> None:
-    """Tokenizers of the sentencepiece kind drop the space that a text begins with."""
-    words = {"<unk>": 0, "▁Once": 1, "▁upon": 2, "▁a": 3, "▁time": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    assert tokenizer.decode([3, 4]) == "a time"
-    sample = sample_of(Rollout(0, 0, (1, 2), (), "stop"), [3, 4], tokenizer.decode)
-    assert sample == Sample("Once upon", " a time", 2)
-
-
 def test_a_folder_without_a_shard_is_no_collection_yet(engine: Engine, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
@@ -340,40 +248,3 @@ def test_a_folder_without_a_shard_is_no_collection_yet(engine: Engine, tmp_path:
     other = dataclasses.replace(CONFIG, seed=9)
     collect(engine, PROMPTS, tmp_path, other, policy="stories")
     assert Shards(tmp_path).about["sampling"]["seed"] == 9
-
-
-def test_rewards_read_what_was_said_without_the_chat_template(
-    engine: Engine, tmp_path: Path
-) -> None:
-    """Shards made with texts and without them are read alike."""
-    prompts, texts = PROMPTS[:3], ["One", "Two", "Three"]
-    shards = collect(engine, prompts, tmp_path / "a", CONFIG, policy="stories", texts=texts)
-    seen: list[Sample] = []
-
-    def reward(samples: Sequence[Sample]) -> list[float]:
-        seen.extend(samples)
-        return [float(i) for i in range(len(samples))]
-
-    label(shards.folder, _Named(reward), lambda ids: "x" * len(ids))
-    assert [s.prompt for s in seen] == ["One", "One", "Two", "Two", "Three", "Three"]
-    with pytest.raises(ValueError, match="prompts"):  # a folder is not continued with others
-        collect(engine, prompts, tmp_path / "a", CONFIG, policy="stories")
-    plain = collect(engine, prompts, tmp_path / "b", CONFIG, policy="stories")
-    assert [r.response_ids for r in read(plain.folder)] == [
-        r.response_ids for r in read(shards.folder)
-    ]
-    seen.clear()
-    label(plain.folder, _Named(reward), lambda ids: "x" * len(ids))
-    assert [len(s.prompt) for s in seen] == [3, 3, 2, 2, 4, 4]
-
-
-@dataclasses.dataclass
-class _Named:
-    """A reward of all samples at once."""
-
-    judge: Callable[[Sequence[Sample]], list[float]]
-    name: str = "mine"
-    per_token: float = 0.0
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        return self.judge(samples)

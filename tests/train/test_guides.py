@@ -15,13 +15,15 @@ import torch
 
 from fastguide import FUDGE, VAS, Engine, SamplingParams, ValueGuide
 from fastguide.assets import packaged
+from fastguide.integrations.transformers import GuidedLogitsProcessor
 from fastguide.models.guide_config import GuideConfig, RewardScale
 from fastguide.models.value import ValueModel
 from fastguide.rewards import load_reward
-from fastguide.train.collect import CollectConfig, collect, label, load_episodes, read
+from fastguide.train.collect import CollectConfig, collect, read
 from fastguide.train.episodes import Episode
 from fastguide.train.fudge import FudgeConfig
 from fastguide.train.guides import is_held_out, split, sweep, train_guide
+from fastguide.train.labels import label, load_episodes
 from fastguide.train.shards import Shards
 from fastguide.train.validation import LABELS, labels, make_validation, validate
 from fastguide.train.value import ValueConfig
@@ -104,12 +106,37 @@ def test_a_classifier_guides_under_the_fudge_rule(data: Path, tmp_path: Path) ->
     config = FudgeConfig(**settings(tmp_path / "guide", save_strategy="no"))
     metrics = train_guide("fudge", data, "stories", config, held_out=0.2, lora_rank=4, above=0.3)
     assert 0 < metrics["eval_loss"] < 1
+    assert 0.5 <= metrics["eval_majority"] < 1
     saved = GuideConfig.load(tmp_path / "guide")
     assert saved.kind == "classifier"
     assert saved.training["above"] == 0.3
     engine = Engine("stories", {"g": ValueGuide(tmp_path / "guide")}, dtype="float32")
     (output,) = engine.generate(["Once"], FUDGE(), {"g": 1.0}, SamplingParams(max_tokens=4, seed=0))
     assert len(output.token_ids) == 4
+    with pytest.raises(ValueError, match=r"'g' is a prefix classifier, the rule is VAS; allowed"):
+        engine.generate(["Once"], VAS(), {"g": 1.0})
+    with pytest.raises(ValueError, match=r"rewards lie from .* to"):
+        train_guide("fudge", data, "stories", config, above=100.0)
+
+
+def test_a_value_model_does_not_guide_under_the_fudge_rule() -> None:
+    engine = Engine("stories", {"cheerful": ValueGuide("cheerful")}, dtype="float32")
+    said = "'cheerful' is a value model, the rule is FUDGE; allowed are VAS and ARGS"
+    with pytest.raises(ValueError, match=said):
+        engine.generate(["Once"], FUDGE())
+    with pytest.raises(ValueError, match=said):
+        GuidedLogitsProcessor(
+            {"cheerful": ValueGuide("cheerful")}, FUDGE(), tokenizer=engine.tokenizer
+        )
+
+
+def test_a_logger_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fastguide.train.prefix.get_available_reporting_integrations", lambda: ["tensorboard"]
+    )
+    said = "report_to is 'wandb', which is not installed: pip install wandb"
+    with pytest.raises(ImportError, match=said):
+        ValueConfig(**settings(tmp_path, report_to=["tensorboard", "wandb"]))
 
 
 def test_a_sweep_keeps_the_best_and_goes_on(data: Path, tmp_path: Path) -> None:

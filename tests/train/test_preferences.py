@@ -78,6 +78,7 @@ def test_dialogue_pairs_are_read_and_trained_on(tmp_path: Path) -> None:
     metrics = train_reward(read_rows("reward", [few]), "stories", config, held_out=0.2)
     assert 0 <= metrics["eval_accuracy"] <= 1
     assert (tmp_path / "reward/model.safetensors").is_file()
+    assert not (tmp_path / "reward/README.md").exists()  # TRL's would name no base model
 
 
 def test_a_policy_is_fine_tuned(tmp_path: Path) -> None:
@@ -102,6 +103,9 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("")
     with pytest.raises(ValueError, match="one type at a time"):
         read_rows("reward", [tmp_path / "rows.jsonl", tmp_path / "rows.parquet"])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"'.*empty.jsonl' is empty; needed are rows"):
+        read_rows("reward", [tmp_path / "empty.jsonl"])
     (tmp_path / "broken.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": \n')
     with pytest.raises(ValueError, match="cannot read rows from"):
         read_rows("reward", [tmp_path / "broken.jsonl"])

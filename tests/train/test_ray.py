@@ -10,7 +10,8 @@ import pytest
 
 from fastguide import Engine
 from fastguide.rewards import load_reward
-from fastguide.train.collect import CollectConfig, collect, label
+from fastguide.train.collect import CollectConfig, collect
+from fastguide.train.labels import label
 from fastguide.train.ray_data import collect_with_ray, label_with_ray
 
 ray: Any = pytest.importorskip("ray", reason="ray is not installed")

@@ -282,7 +282,7 @@ def test_most_may_have_the_highest_reward() -> None:
 def test_attributes_need_both_kinds() -> None:
     episodes = [Episode((1,), (2,), reward) for reward in (0.1, 0.5, 2.0, 3.0)]
     assert [e.reward for e in attributes(episodes)] == [0.0, 0.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match="none of 4 responses have a reward above 9"):
+    with pytest.raises(ValueError, match="none of 4 responses have a reward above the border"):
         attributes(episodes, above=9)
     with pytest.raises(ValueError, match="paid per token"):
         attributes([Episode((1,), (2,), 0.0, token_reward=1.0)])
