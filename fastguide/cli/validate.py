@@ -128,12 +128,10 @@ def _measure(name: str, folder: str, device: str | None, trust_remote_code: bool
         trust_remote_code=trust_remote_code,
     )
     found = validate(model, Path(folder))
-    shown = (
-        ("MSE, in variances of the reward,", found.mse),
-        ("explained variance", found.explained_variance),
+    mse, explained = (
+        f"{x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]" for x in (found.mse, found.explained_variance)
     )
-    parts = [f"{what} {x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]" for what, x in shown]
     typer.echo(
-        f"{name}: {', '.join(parts)}; of the error {found.noise:.3f} is noise of the "
-        f"{found.prefixes} labels"
+        f"{name}: MSE {mse} variances of the reward, explained variance {explained}; of the error "
+        f"{found.noise:.3f} is noise of the {found.prefixes} labels"
     )

@@ -72,6 +72,6 @@ def test_benchmarks_have_help_of_their_own(run):
         text=True,
         check=True,
     )
-    assert "usage: bench_ops.py" in done.stdout
+    assert "usage: fastguide bench ops" in done.stdout
     for words in (["bench"], ["bench", "--help"]):
         assert "Time fastguide beside" in run(*words).stdout

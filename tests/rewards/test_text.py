@@ -48,7 +48,7 @@ def test_scales() -> None:
     scale = RewardScale.of("r", [1.0, 3.0])
     assert scale == RewardScale("r", mean=2.0, std=1.0)
     assert scale.standardise([1.0, 4.0]) == [-1.0, 2.0]
-    with pytest.raises(ValueError, match="'r' must vary"):
+    with pytest.raises(ValueError, match="'r' is 1 for all 2 responses"):
         RewardScale.of("r", [1.0, 1.0])
 
 
