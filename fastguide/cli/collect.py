@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def collect(
     if judges is not None:
         _label(shards, judges, engine.tokenizer, name, None)
     else:
-        _say_unjudged(out)
+        _say_unjudged(shards)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool) -> list[list[int]]:
@@ -154,7 +155,7 @@ def _with_ray(
             )
         _say(shards, total, name)
     else:
-        _say_unjudged(out)
+        _say_unjudged(shards)
 
 
 def policy_of(shards: Shards) -> str:
@@ -172,15 +173,19 @@ def _say_collected(shards: Shards) -> None:
     typer.echo(f"{rows} responses of {shards.about['policy']} in {shards.folder}{left_out}")
 
 
-def _say_unjudged(folder: str) -> None:
-    typer.echo(f"not judged yet; for example: fastguide label {folder} --reward cheerfulness")
+def _say_unjudged(shards: Shards) -> None:
+    if len(shards.series) == 1:
+        folder = shards.folder
+        typer.echo(f"not judged yet; for example: fastguide label {folder} --reward cheerfulness")
 
 
 def _say_interrupted(folder: str, of: int) -> None:
     from fastguide.train.collect import kept
     from fastguide.train.shards import Shards
 
-    done = kept(Shards(folder))
+    done = 0
+    with contextlib.suppress(ValueError):  # before anything was begun
+        done = kept(Shards(folder))
     note = f"{done} of {of} responses are in {folder}; the same command continues"
     typer.echo(f"interrupted: {note}", err=True)
 

@@ -149,12 +149,13 @@ def _prefer(
     given: dict[str, Any],
     extra: Sequence[str] | None,
 ) -> None:
-    import torch
-
-    from fastguide.train.preferences import read_rows, train_reward, train_sft, trl
-
     if given["max_length"] < 1:
         raise ValueError(f"--max-length is {given['max_length']}; allowed are numbers from 1")
+    with quiet():
+        import torch
+
+        from fastguide.train.preferences import read_rows, train_reward, train_sft, trl
+
     config_class = trl().RewardConfig if kind == "reward" else trl().SFTConfig
     fields = {field.name for field in dataclasses.fields(config_class)}
     given |= {"bf16": torch.cuda.is_available()}  # TRL's default wants a GPU
@@ -224,7 +225,7 @@ def _train(
             labels=labels,
             held_out=held_out,
             callbacks=list(callbacks),
-            on_start=lambda train, valid: _say_start(train, valid, folder),
+            on_start=lambda train, valid: _say_start(train, valid, held_out, folder),
             **options,
         )
 
@@ -241,9 +242,9 @@ def _train(
     typer.echo(f"guide in {out}" + (f"; on held-out prompts: {', '.join(found)}" if found else ""))
 
 
-def _say_start(train: int, valid: int, folder: Path) -> None:
+def _say_start(train: int, valid: int, held_out: float, folder: Path) -> None:
     typer.echo(f"{train} responses to train on, {valid} to validate; checkpoints in {folder}")
-    if valid < FEW:
+    if held_out and valid < FEW:
         typer.echo("few to validate on: their error says little; --held-out takes a larger share")
 
 

@@ -24,7 +24,6 @@ from fastguide.models.loading import (
     load_tokenizer,
     one_line,
     resolve_device,
-    resolve_dtype,
 )
 from fastguide.models.locate import locate
 from fastguide.request import (
@@ -65,7 +64,8 @@ class Engine:
             model: hub id, local path or packaged name of a causal decoder. None: the packaged
                 model, and its guides unless ``guides`` says otherwise.
             guides: by name; requests weigh them by these names.
-            dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each checkpoint's.
+            dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps the policy's checkpoint's,
+                and guides compute in the policy's: trainers save them in float32.
             device: None picks CUDA where there is one.
             trust_remote_code: run code shipped with checkpoints.
             allow_pickle: also load weights that are not safetensors.
@@ -83,7 +83,6 @@ class Engine:
         path = assets.MODEL if model is None else model
         locate(path)
         where = resolve_device(device)
-        wanted = resolve_dtype(dtype)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         policy = load_policy(
             path,
@@ -96,7 +95,7 @@ class Engine:
         context = LoadContext(
             tokenizer=self.tokenizer,
             device=where,
-            dtype=wanted if isinstance(wanted, torch.dtype) else None,
+            dtype=policy.model.dtype,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             vocabulary=vocabulary,

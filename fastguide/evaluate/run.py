@@ -24,7 +24,7 @@ from fastguide.request import Completion, sample_seed
 from fastguide.rewards import Reward, Sample, judge_or_raise, load_reward
 
 RESULTS_FILE = "results.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 WARM_UP = 2
 """Tokens that are sampled before the clock starts."""
 

@@ -84,7 +84,7 @@ class Study:
         coherence: path of an encoder, for coherence, or its ``path`` and ``pooling``; None leaves
             it out.
         judge: fields of ``Judge``; None asks nobody.
-        dtype: of policy and guides.
+        dtype: of policy and guides; None is that of the policy's checkpoint.
         device: of policy and guides.
         max_rows: responses sampled together.
         chat: prompts are what a user says: the policy's chat template is put around each.
@@ -147,8 +147,7 @@ class Study:
                 f"a held-out reward is called {taken[0]!r}, which means something else"
             )
         if self.judge is not None:
-            _check_keys("judge", self.judge, Judge)
-            Judge(**self.judge)
+            _made("judge", Judge, self.judge)
         names = [point.name for point in self.points]
         for name in names:
             if names.count(name) > 1:
@@ -255,11 +254,19 @@ def read_study(file: str | Path) -> Study:
     return Study(points=points, **raw)
 
 
-def _check_keys(where: str, given: Mapping[str, Any], fields_of: type, *more: str) -> None:
-    """Refuse keys that are no field of a dataclass, nor named here."""
-    allowed = {*(f.name for f in dataclasses.fields(fields_of)), *more}
-    if odd := sorted(given.keys() - allowed):
+def _made(where: str, dataclass_: type, given: Mapping[str, Any], *others: str) -> Any:
+    """A dataclass of what was given; ``others`` are names that may stand beside its fields.
+
+    Raises:
+        ValueError: a name is unknown or missing, or a value is of another type.
+    """
+    allowed = {*(f.name for f in dataclasses.fields(dataclass_)), *others}
+    if odd := sorted(given.keys() - allowed, key=str):
         raise ValueError(f"{where} has {odd[0]!r}; allowed are {', '.join(sorted(allowed))}")
+    try:
+        return dataclass_(**given)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
@@ -294,9 +301,8 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
         best_of = options.pop("n", 1) if kind == "best-of" else 1
         rule_class = Plain if kind == "best-of" else RULES[kind]
         where = f"the method {name or kind!r}"
-        _check_keys(where, options, rule_class, "name", "rule", "guide", "policy", "sampling")
-        _check_keys(f"sampling of {where}", sampling, SamplingParams)
-        rule, params = rule_class(**options), SamplingParams(**sampling)
+        rule = _made(where, rule_class, options, "name", "rule", "guide", "policy", "sampling")
+        params = _made(f"sampling of {where}", SamplingParams, sampling)
         if best_of > params.n:
             raise ValueError(
                 f"{where} takes the best of {best_of}, but {params.n} "

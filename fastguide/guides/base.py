@@ -19,7 +19,7 @@ class LoadContext:
     Attributes:
         tokenizer: the policy's; candidates are its token ids.
         device: where to compute.
-        dtype: of weights and caches; None keeps each checkpoint's.
+        dtype: of weights and caches, the policy's; None keeps each checkpoint's.
         trust_remote_code: run code shipped with checkpoints.
         allow_pickle: also load weights that are not safetensors.
         vocabulary: how many token ids the policy can give; None is taken from the tokenizer.

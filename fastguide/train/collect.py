@@ -1,9 +1,9 @@
 """Responses of the policy and their rewards, in a folder that a killed run continues.
 
 Draws depend on seed, prompt and position only, so that a shard made again after a kill is the same
-shard: nothing is lost and nothing is there twice. (In bf16 and fp16 that takes the same
-``max_rows``, too: other batches round otherwise.) Rewards are series of their own beside the
-responses, so that one collection serves many rewards.
+shard: nothing is lost and nothing is there twice. (In bf16 and fp16 other batches round otherwise,
+so that it takes the same ``max_rows``, and a shard that was killed in between may differ.) Rewards
+are series of their own beside the responses, so that one collection serves many rewards.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def collect(
     limits: Sequence[int] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Shards:
-    """Sample responses to all prompts, unguided, into ``folder``; shards already there stay.
+    """Sample responses to all prompts, unguided, into ``folder``; what is already there stays.
 
     Args:
         engine: its base model is the policy.
@@ -88,14 +88,15 @@ def collect(
         if not shards.has(ROLLOUTS, number):
             said = None if texts is None else texts[first : first + len(chunk)]
             groups = drafted(draft)
-            whole = frozenset(groups)
+            whole, count = frozenset(groups), sum(map(len, groups.values()))
             for rollout in sample(engine, chunk, first, config, most[first:], said, whole):
                 group = groups.setdefault(rollout.prompt, [])
                 group.append(rollout)
+                count += 1
                 if len(group) == config.samples_per_prompt:
                     draft.add([asdict(each) for each in group])
                 if on_progress is not None:
-                    on_progress(done + sum(map(len, groups.values())), of)
+                    on_progress(done + count, of)
             table = table_of([rollout for group in groups.values() for rollout in group])
             failed = len(chunk) * config.samples_per_prompt - table.num_rows
             shards.write(ROLLOUTS, number, table, failed=failed)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastguide.assets import resolve
 from fastguide.models.loading import load_tokenizer, one_line
-from fastguide.train.prefix import last_checkpoint
+from fastguide.train.prefix import check_reports, last_checkpoint
 
 COLUMNS: dict[str, list[tuple[str, ...]]] = {
     "reward": [("chosen", "rejected")],
@@ -92,6 +92,7 @@ def train_reward(
     """
     from transformers import AutoModelForSequenceClassification
 
+    check_reports(config)
     tokenizer, where = load_tokenizer(base), resolve(base)
     _pad(tokenizer)
     with warnings.catch_warnings():  # the head is new: that is the point
@@ -131,6 +132,7 @@ def train_sft(
     """
     from transformers import AutoModelForCausalLM
 
+    check_reports(config)
     tokenizer, where = load_tokenizer(base), resolve(base)
     _pad(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(

@@ -226,8 +226,8 @@ def _empty(manifest: dict[str, Any], folder: Path) -> bool:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What differs, with both values; of texts that nobody reads, such as digests, only that."""
     found = []
-    for key in sorted(new):
-        was, now = old.get(key), new[key]
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
         if isinstance(was, dict) and isinstance(now, dict):
             if was != now:
                 found.append(_differences(was, now))

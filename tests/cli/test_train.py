@@ -36,6 +36,7 @@ def test_from_prompts_to_a_measured_guide(data: Path, tmp_path: Path) -> None:
     again = run("collect", data, "--input", data.parent / "prompts.txt", "--max-tokens", "12",
                 "--shard", "5")  # fmt: skip
     assert "24 responses" in again
+    assert "not judged yet" not in again
     said = run("label", data, "--reward", "0.5*vader", "--reward", "length", "--labels", "mixed")
     assert "24 rewards (0.5*vader + 1*length) as 'mixed'" in said
     guide = tmp_path / "guide"

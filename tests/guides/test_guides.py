@@ -217,3 +217,13 @@ def test_dtypes(stories: str, lora_guide: str, dtype: str) -> None:
     assert out.finish_reason == "length"
     keys, _ = engine.runner.scorers["g"].decoder.pool.layer(0)  # type: ignore[attr-defined]
     assert str(keys.dtype) == f"torch.{dtype}"
+
+
+def test_guides_compute_in_the_policys_dtype(stories: str, full_guide: str) -> None:
+    """Trainers save float32, in which a pass takes more than twice as long."""
+    saved = ValueModel.from_pretrained(full_guide).backbone
+    assert next(saved.parameters()).dtype == torch.float32
+    engine = Engine(stories, guides={"g": ValueGuide(full_guide)})
+    scorer = engine.runner.scorers["g"]
+    assert engine.runner.policy.model.dtype == torch.bfloat16
+    assert scorer.decoder.model.dtype == torch.bfloat16  # type: ignore[attr-defined]

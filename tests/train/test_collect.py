@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from collected import CONFIG, PROMPTS, Killed
 
 from fastguide import Engine
 from fastguide.models.loading import load_tokenizer
@@ -16,32 +17,6 @@ from fastguide.rewards import load_reward
 from fastguide.train.collect import CollectConfig, check_tokenizer, collect, failures, kept, read
 from fastguide.train.labels import label, load_episodes
 from fastguide.train.shards import MANIFEST_FILE, Shards
-
-CONFIG = CollectConfig(samples_per_prompt=2, max_tokens=6, shard_prompts=2, seed=3)
-PROMPTS = [[0, 424, 439], [0, 424], [0, 323, 447, 442], [0, 424, 439], [0, 281]]
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine("stories", guides={}, dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def whole(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    collect(engine, PROMPTS, folder, CONFIG, policy="stories")
-    return folder
-
-
-def copy(whole: Path, folder: Path) -> Path:
-    for file in whole.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
 
 # --------------------------------------------------------------------------------- responses
 
@@ -166,12 +141,11 @@ def test_other_settings_are_refused(engine: Engine, whole: Path) -> None:
         collect(engine, PROMPTS, whole, CONFIG, policy="others")
 
 
-def test_a_changed_shard_is_noticed(whole: Path, tmp_path: Path) -> None:
-    copy(whole, tmp_path)
-    (tmp_path / "rollouts-00001.parquet").write_bytes(b"other")
+def test_a_changed_shard_is_noticed(folder: Path) -> None:
+    (folder / "rollouts-00001.parquet").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"rollouts-00001\.parquet is missing or not what was"):
-        list(read(tmp_path))
-    manifest = json.loads((tmp_path / MANIFEST_FILE).read_text())
+        list(read(folder))
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     shards = manifest["series"]["rollouts"]["shards"]
     assert [facts["rows"] for facts in shards.values()] == [4, 4, 2]
 
@@ -190,8 +164,7 @@ def test_a_folder_without_rollouts_is_named(tmp_path: Path) -> None:
         list(read(tmp_path))
 
 
-def test_two_who_write_one_folder_lose_nothing(engine: Engine, whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
+def test_two_who_write_one_folder_lose_nothing(folder: Path) -> None:
     one, other = Shards(folder), Shards(folder)
     for shards, name in ((one, "one"), (other, "two")):
         shards.begin(name, of=1, reward=name)
@@ -202,8 +175,7 @@ def test_two_who_write_one_folder_lose_nothing(engine: Engine, whole: Path, tmp_
     assert Shards(folder).complete("one")
 
 
-def test_what_was_begun_in_vain_can_be_begun_otherwise(whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
+def test_what_was_begun_in_vain_can_be_begun_otherwise(folder: Path) -> None:
     with pytest.raises(ValueError, match="failed on 4 of 4 samples"):
         label(folder, load_reward("checker:./nowhere-at-all"), str, name="right")
     label(folder, load_reward("length"), str, name="right")
@@ -211,8 +183,7 @@ def test_what_was_begun_in_vain_can_be_begun_otherwise(whole: Path, tmp_path: Pa
         label(folder, load_reward("vader"), str, name="right")
 
 
-def test_another_series_is_no_other_data(whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
+def test_another_series_is_no_other_data(folder: Path) -> None:
     label(folder, load_reward("length"), str)
     before = Shards(folder).digest("rollouts", "reward")
     label(folder, load_reward("vader"), str, name="more")

@@ -33,11 +33,6 @@ NAMES = ["Ann", "Ben", "Sue", "Max", "Mia", "Sam"]
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine("stories", guides={}, dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def decode(engine: Engine) -> Any:
     return lambda ids: engine.tokenizer.decode(list(ids), skip_special_tokens=True)
 

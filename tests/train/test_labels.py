@@ -8,44 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from collected import CONFIG, PROMPTS, Killed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastguide import Engine
 from fastguide.kernels.reference import td_lambda
 from fastguide.rewards import FunctionReward, Sample, load_reward
-from fastguide.train.collect import CollectConfig, collect, failures, read
+from fastguide.train.collect import collect, failures, read
 from fastguide.train.episodes import Rollout, collate, episodes_of
 from fastguide.train.labels import label, load_episodes, sample_of
 from fastguide.train.shards import Shards
 
-CONFIG = CollectConfig(samples_per_prompt=2, max_tokens=6, shard_prompts=2, seed=3)
-PROMPTS = [[0, 424, 439], [0, 424], [0, 323, 447, 442], [0, 424, 439], [0, 281]]
 
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine("stories", guides={}, dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def whole(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    collect(engine, PROMPTS, folder, CONFIG, policy="stories")
-    return folder
-
-
-def copy(whole: Path, folder: Path) -> Path:
-    for file in whole.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def test_rewards_stand_beside_the_responses(engine: Engine, whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
+def test_rewards_stand_beside_the_responses(engine: Engine, folder: Path) -> None:
 
     def decode(ids: Sequence[int]) -> str:
         return str(engine.tokenizer.decode(ids, skip_special_tokens=True))
@@ -77,8 +52,8 @@ def test_rewards_stand_beside_the_responses(engine: Engine, whole: Path, tmp_pat
         load_episodes(folder, "joy")
 
 
-def test_killed_labelling_goes_on_where_it_was(whole: Path, tmp_path: Path) -> None:
-    folder, judged = copy(whole, tmp_path), []
+def test_killed_labelling_goes_on_where_it_was(folder: Path) -> None:
+    judged = []
 
     def reward(prompt: str, response: str) -> float:
         judged.append(response)
@@ -150,8 +125,7 @@ def test_samples_say_how_many_tokens_they_have() -> None:
     assert load_reward("length")([Sample("p", "r", 5)]) == [5.0]
 
 
-def test_sums_are_read_back_from_their_series(engine: Engine, whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
+def test_sums_are_read_back_from_their_series(engine: Engine, folder: Path) -> None:
     reward = load_reward(["cheerfulness", "0.0123456789*brevity", "-1e-9*regex:a + b"])
     label(folder, reward, engine.tokenizer.decode)
     again = load_reward(Shards(folder).series["reward"]["about"]["spec"])
