@@ -186,10 +186,10 @@ def _costs(result: dict[str, Any]) -> list[str]:
 
 
 def errors(name: str) -> str:
-    """Monte-Carlo errors of guides, and the seconds that training took."""
+    """Monte-Carlo errors of guides."""
     lines = [
-        "| guide | MSE | seeds | explained variance | training, s |",
-        "| --- | ---: | --- | ---: | ---: |",
+        "| guide | MSE | seeds | explained variance |",
+        "| --- | ---: | --- | ---: |",
     ]
     record = experiment(name)["errors"]
     for guide, e in record.items():
@@ -197,8 +197,7 @@ def errors(name: str) -> str:
         mse, explained = e["mse"], e["explained_variance"]
         lines.append(
             f"| {guide} | {mse['mean']:.3f} ({mse['low']:.3f} to {mse['high']:.3f}) | {seeds} "
-            f"| {explained['mean']:.0%} ({explained['low']:.0%} to {explained['high']:.0%}) "
-            f"| {e['seconds']:.0f} |"
+            f"| {explained['mean']:.0%} ({explained['low']:.0%} to {explained['high']:.0%}) |"
         )
     noise = next(iter(record.values()))["noise"]
     prefixes = next(iter(record.values()))["prefixes"]

@@ -35,6 +35,7 @@ BETAS = (1.0, 2.0, 4.0, 8.0, 16.0)
 CANDIDATES = (5, 10, 20, 50, 100, 200)
 BETA = 5.0
 """Of the sweep over k, as in the paper."""
+CANDIDATES_AT = f"VAS, β = {BETA:g}"
 LAMBDAS = {"vas": 0.95, "td0": 0.0}
 
 
@@ -56,18 +57,18 @@ def main() -> None:
         ]
         parallel(jobs, asked.processes)
         errors = {
-            name: validated([guide_folder(asked.work, name, s) for s in seeds], halves)
-            for name in LAMBDAS
+            f"TD({lam:g})": validated([guide_folder(asked.work, name, s) for s in seeds], halves)
+            for name, lam in LAMBDAS.items()
         }
     with stage("measuring"):
         studies = {asked.work / f"ablations-{s}": study(asked, s) for s in seeds}
         results = measure(studies, asked.processes)
     folder = asked.results / "ablations"
     write(folder, results, asked, errors=errors)
-    by_k = [r for r in results if r["method"] == "k"]
+    by_k = [r for r in results if r["method"] == CANDIDATES_AT]
     by_beta = [r for r in results if "beta" in r["setting"]]
     frontier(by_beta, folder / "frontier.png", title="Mean fill, no fill, TD(0)")
-    sweep(by_k, "k", folder / "k.png", title=f"Candidates, β = {BETA:g}")
+    sweep(by_k, "k", folder / "k.png", title=f"Candidates, {CANDIDATES_AT}")
 
 
 def study(asked: argparse.Namespace, seed: int) -> Study:
@@ -80,7 +81,7 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
         points.append(Point("no fill", {"beta": beta}, bare, {"vas": 1.0}, draws))
         points.append(Point("TD(0)", {"beta": beta}, vas, {"td0": 1.0}, draws))
     for k in CANDIDATES:
-        points.append(Point("k", {"k": k}, VAS(beta=BETA, k=k), {"vas": 1.0}, draws))
+        points.append(Point(CANDIDATES_AT, {"k": k}, VAS(beta=BETA, k=k), {"vas": 1.0}, draws))
     return Study(
         held_out(asked),
         points,

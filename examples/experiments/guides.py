@@ -92,21 +92,23 @@ def main() -> None:
                 for name, model in KINDS.items()
             ]
         parallel(jobs, asked.processes)
-        names = ["vas", *sizes, *KINDS]
+        whole = f"{2 * asked.prompts:,} responses, all weights"
+        names = {whole: "vas"} | {name: slug(name) for name in (*sizes, *KINDS)}
         errors = {
-            name: validated([guide_folder(asked.work, slug(name), s) for s in seeds], halves)
-            for name in names
+            name: validated([guide_folder(asked.work, folder, s) for s in seeds], halves)
+            for name, folder in names.items()
         }
     with stage("measuring"):
         studies = {asked.work / f"guides-{s}": study(asked, names, s) for s in seeds}
         results = measure(studies, asked.processes)
     folder = asked.results / "guides"
     write(folder, results, asked, errors=errors, learning_rates=rates)
-    whole = [r for r in results if r["method"] in ("policy", "vas")]
-    by_size = [r for r in results if r["method"] in sizes]
-    by_kind = [r for r in results if r["method"] in KINDS]
-    frontier(whole + by_size, folder / "responses.png", title="Responses trained on")
-    frontier(whole + by_kind, folder / "weights.png", title="What is trained")
+    for file, others, title in (
+        ("responses.png", sizes, "Responses trained on"),
+        ("weights.png", KINDS, "What is trained"),
+    ):
+        shown = [r for r in results if r["method"] in ("policy", whole, *others)]
+        frontier(shown, folder / file, title=title)
 
 
 def data(asked: argparse.Namespace, prompts: int) -> Path:
@@ -175,18 +177,17 @@ def choose_rates(asked: argparse.Namespace, prompts: int) -> dict[str, float]:
     return {kind: min(RATES, key=lambda rate, k=kind: error(k, rate)) for kind in KINDS}
 
 
-def study(asked: argparse.Namespace, names: list[str], seed: int) -> Study:
-    """The comparison of one seed."""
+def study(asked: argparse.Namespace, names: dict[str, str], seed: int) -> Study:
+    """The comparison of one seed; ``names`` has the guides' folders."""
     draws = sampling(seed, MAX_TOKENS, n=2)
     points = [Point("policy", {}, Plain(), {}, draws)]
-    for name in names:
+    for name, guide in names.items():
         for beta in BETAS:
-            rule = VAS(beta=beta)
-            points.append(Point(name, {"beta": beta}, rule, {slug(name): 1.0}, draws))
+            points.append(Point(name, {"beta": beta}, VAS(beta=beta), {guide: 1.0}, draws))
     return Study(
         held_out(asked),
         points,
-        guides={slug(n): str(guide_folder(asked.work, slug(n), seed)) for n in names},
+        guides={g: str(guide_folder(asked.work, g, seed)) for g in names.values()},
         reward=REWARD,
         max_rows=128,
     )

@@ -17,6 +17,9 @@ Result = dict[str, Any]
 COSTS = ("policy_flops", "guide_flops", "judge_flops", "seconds_per_response")
 """What a result says an answer takes."""
 
+WIDE = 16.0
+"""A setting whose largest value is more than so many times its smallest has a logarithmic axis."""
+
 _COLUMNS = {
     "reward": ("reward", "{:+.3f}"),
     "kl": ("KL, nats", "{:.2f}"),
@@ -126,6 +129,10 @@ def frontier(
         if points:
             _line(axes, [p["kl"]["mean"] for p in points], [p[y] for p in points], method)
     axes.set_xscale("symlog", linthresh=1.0)
+    low, high = axes.get_xlim()
+    ticks = [0.0, *(m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5) if m * 10.0**e >= 0.2)]
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    axes.xaxis.set_major_formatter("{x:g}")
     _finish(figure, axes, "KL from the policy, nats per response", y, title, file)
 
 
@@ -134,13 +141,20 @@ def sweep(
 ) -> None:
     """A setting such as beta or k against an estimate, a line per method that has it."""
     axes, figure = _axes()
+    seen: set[float] = set()
     for method, points in _by_method(results).items():
         points = sorted(
             (p for p in _measured(points, y) if isinstance(p["setting"].get(setting), Real)),
             key=lambda p: p["setting"][setting],
         )
         if points:
-            _line(axes, [p["setting"][setting] for p in points], [p[y] for p in points], method)
+            where = [p["setting"][setting] for p in points]
+            seen.update(where)
+            _line(axes, where, [p[y] for p in points], method)
+    if seen and min(seen) > 0 and max(seen) > WIDE * min(seen):
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(seen), [f"{x:g}" for x in sorted(seen)], minor=False)
+        axes.minorticks_off()
     _finish(figure, axes, setting, y, title, file)
 
 
@@ -181,6 +195,6 @@ def _finish(figure: Any, axes: Any, x: str, y: str, title: str, file: str | Path
     axes.grid(alpha=0.3)
     if title:
         axes.set_title(title)
-    if axes.has_data():
+    if len(axes.get_lines()) > 1:
         axes.legend()
     figure.savefig(file, metadata={"Software": None})
