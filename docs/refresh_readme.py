@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +157,19 @@ def equal_kl(name: str, kls: tuple[float, ...], y: str = "reward") -> str:
     return at_equal_kl(experiment(name)["points"], kls, y=y)
 
 
-def equal_reward() -> str:
-    """For each N, the weakest VAS that has at least the reward of best-of-N, and what both cost."""
+def equal_reward(numbers: Sequence[int] | None = None) -> str:
+    """For each N, the weakest VAS that has at least the reward of best-of-N, and what both cost.
+
+    ``numbers`` are the N to show; None shows all.
+    """
     record = experiment("frontier")
     found = [r for r in record["points"] if r["method"] == "VAS"]
     lines = [
         "| best of | reward | KL | GFLOP | s | VAS | reward | KL | GFLOP | needed | s |",
         "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for other in (r for r in record["points"] if r["method"] == "best-of-N"):
+    others = [r for r in record["points"] if r["method"] == "best-of-N"]
+    for other in (r for r in others if numbers is None or r["setting"]["n"] in numbers):
         best = [r for r in found if r["reward"]["mean"] >= other["reward"]["mean"]]
         cells = ["none", "", "", "", "", ""]
         if best:
@@ -222,6 +226,7 @@ TRAIN = ROOT / "docs/train.md"
 KLS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "quality": (README, quality),
+    "reward": (README, functools.partial(equal_reward, (16, 64, 128))),
     "speed": (README, speed),
     "ops": (KERNELS, ops),
     "training": (TRAIN, training),
