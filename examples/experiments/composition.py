@@ -36,6 +36,8 @@ from fastguide.train.labels import load_episodes
 
 REWARDS = {"cheerful": "cheerfulness", "brief": "brevity", "dialogue": "dialogue:share"}
 BETAS = (4.0, 8.0)
+K = 10
+"""Candidates: as good as 20, by ``ablations.py``."""
 
 
 def main() -> None:
@@ -80,7 +82,8 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
         for names in itertools.combinations(REWARDS, size):
             weights = dict.fromkeys(names, 1.0)
             for beta in BETAS:
-                points.append(Point(" + ".join(names), {"beta": beta}, VAS(beta), weights, draws))
+                rule = VAS(beta=beta, k=K)
+                points.append(Point(" + ".join(names), {"beta": beta}, rule, weights, draws))
     cheerful, *others = REWARDS.items()
     return Study(
         held_out(asked),
