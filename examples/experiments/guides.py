@@ -41,7 +41,7 @@ from fastguide.evaluate.report import frontier
 BETAS = (2.0, 4.0, 8.0)
 SHARES = (8, 3)
 """Of the prompts: an eighth and a third; the whole is the frontier's guide."""
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_rank": 16},
     "half the layers": {"lora_rank": None},
