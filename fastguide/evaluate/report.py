@@ -131,8 +131,10 @@ def frontier(
     axes.set_xscale("symlog", linthresh=1.0)
     low, high = axes.get_xlim()
     ticks = [0.0, *(m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5) if m * 10.0**e >= 0.2)]
-    axes.set_xticks([tick for tick in ticks if low <= tick <= high], minor=False)
-    axes.xaxis.set_major_formatter("{x:g}")
+    shown = [tick for tick in ticks if low <= tick <= high]
+    if len(shown) > 2:
+        axes.set_xticks(shown, minor=False)
+        axes.xaxis.set_major_formatter("{x:g}")
     _finish(figure, axes, "KL from the policy, nats per response", y, title, file)
 
 

@@ -263,10 +263,17 @@ def _made(where: str, dataclass_: type, given: Mapping[str, Any], *others: str) 
     allowed = {*(f.name for f in dataclasses.fields(dataclass_)), *others}
     if odd := sorted(given.keys() - allowed, key=str):
         raise ValueError(f"{where} has {odd[0]!r}; allowed are {', '.join(sorted(allowed))}")
+    needed = [f.name for f in dataclasses.fields(dataclass_) if _required(f)]
+    if lacking := [name for name in needed if name not in given]:
+        raise ValueError(f"{where} lacks {lacking[0]!r}; it needs {', '.join(needed)}")
     try:
         return dataclass_(**given)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _required(field_: dataclasses.Field[Any]) -> bool:
+    return field_.default is field_.default_factory is dataclasses.MISSING
 
 
 def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
