@@ -45,7 +45,7 @@ def main() -> None:
     seeds = range(asked.seeds)
     data, halves = asked.work / f"data-{asked.prompts}", asked.work / f"halves-{asked.halves}"
     with stage("responses"):
-        responses(asked.data / "train.txt", data, asked.prompts, MAX_TOKENS, [REWARD])
+        responses(asked.data / "train.txt", data, asked.prompts, MAX_TOKENS, {REWARD: REWARD})
         monte_carlo(other_held_out(asked), halves, MAX_TOKENS, REWARD)
     with stage("guides"):
         jobs = [

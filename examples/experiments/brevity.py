@@ -33,7 +33,11 @@ from fastguide.evaluate.report import sweep
 MAX_TOKENS = 320
 REWARD = "brevity"
 BETAS = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0, 16.0)
-TRAINING: dict[str, Any] = {"num_train_epochs": 1, "attention": "sdpa"}
+TRAINING: dict[str, Any] = {
+    "num_train_epochs": 3,
+    "attention": "sdpa",
+    "model": {"lora_rank": 16},
+}
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def main() -> None:
     seeds = range(asked.seeds)
     folder = data(asked)
     with stage("responses"):
-        responses(asked.data / "train.txt", folder, asked.prompts, MAX_TOKENS, [REWARD])
+        responses(asked.data / "train.txt", folder, asked.prompts, MAX_TOKENS, {REWARD: REWARD})
     with stage("guides"):
         parallel(
             [

@@ -13,10 +13,11 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,18 +98,19 @@ def other_held_out(asked: argparse.Namespace) -> list[str]:
 
 
 def responses(
-    stories: Path, folder: Path, prompts: int, max_tokens: int, rewards: Sequence[str]
+    stories: Path, folder: Path, prompts: int, max_tokens: int, rewards: Mapping[str, str]
 ) -> None:
     """Two unguided responses to each of ``prompts`` openings of stories, judged by ``rewards``.
 
+    These are given by name, and so are their labels.
     The responses to fewer openings are the first of those to more.
     """
     engine = Engine("stories", guides={}, max_rows=128)
     ids = engine.tokenizer(training_prompts(read_stories(stories), prompts, seed=1)).input_ids
     config = CollectConfig(samples_per_prompt=2, max_tokens=max_tokens, seed=1)
     collect(engine, ids, folder, config, policy=engine.policy)
-    for reward in rewards:
-        label(folder, load_reward(reward), functools.partial(_text, engine), name=reward)
+    for name, reward in rewards.items():
+        label(folder, load_reward(reward), functools.partial(_text, engine), name=name)
 
 
 def monte_carlo(
@@ -152,7 +154,9 @@ def train(
     patience: int | None = None,
     **config: Any,
 ) -> None:
-    """Train a guide into ``folder``, where ``METRICS_FILE`` says what validation found.
+    """Train a guide into ``folder``, where ``METRICS_FILE`` says how, and what validation found.
+
+    A guide that is there is kept if it was trained in the same way, and else trained anew.
 
     Args:
         folder: of the guide.
@@ -166,8 +170,6 @@ def train(
         patience: stop after so many epochs that did not improve, and keep the best.
         config: of the trainer.
     """
-    if (folder / METRICS_FILE).is_file():
-        return
     settings = {
         "learning_rate": 1e-3,
         "num_train_epochs": 2,
@@ -185,6 +187,12 @@ def train(
     if patience is not None:
         more, callbacks = early_stopping(kind, patience)
         settings |= more
+    about = {"data": data.name, "labels": labels, "kind": kind, "base": Path(base).name}
+    about |= {"model": model, "patience": patience, **settings}
+    if (folder / METRICS_FILE).is_file():
+        if json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["settings"] == about:
+            return
+        shutil.rmtree(folder)
     how = {"value": ValueConfig, "fudge": FudgeConfig}[kind](output_dir=str(folder), **settings)
     started = time.perf_counter()
     metrics = train_guide(
@@ -198,7 +206,8 @@ def train(
         **({"lora_rank": None} if model is None else model),
     )
     metrics["seconds"] = time.perf_counter() - started
-    (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps({"settings": about, **metrics}, indent=1)
+    (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def validated(folders: Sequence[Path], halves: Path) -> dict[str, Any]:

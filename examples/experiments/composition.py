@@ -34,7 +34,9 @@ from fastguide.config import Plain
 from fastguide.evaluate import Point, Study
 from fastguide.train.labels import load_episodes
 
-REWARDS = {"cheerful": "cheerfulness", "brief": "brevity", "dialogue": "dialogue:share"}
+REWARDS = {"cheerfulness": "cheerfulness", "brevity": "brevity", "dialogue": "dialogue:share"}
+GUIDES = {"cheerful": "cheerfulness", "brief": "brevity", "dialogue": "dialogue"}
+"""The reward that each guide learns."""
 BETAS = (4.0, 8.0)
 K = 10
 """Candidates: within the interval of 20, by ``ablations.py``, for half the work."""
@@ -45,17 +47,16 @@ def main() -> None:
     asked = options(__doc__ or "", prompts=3000)
     seeds = range(asked.seeds)
     folder = data(asked)
-    specs = list(REWARDS.values())
     with stage("responses"):
-        responses(asked.data / "train.txt", folder, asked.prompts, MAX_TOKENS, specs)
+        responses(asked.data / "train.txt", folder, asked.prompts, MAX_TOKENS, REWARDS)
     with stage("guides"):
         parallel(
             [
                 functools.partial(
-                    train, guide(asked, spec, seed), folder, spec, seed=seed, **TRAINING
+                    train, guide(asked, reward, seed), folder, reward, seed=seed, **TRAINING
                 )
                 for seed in seeds
-                for spec in specs
+                for reward in REWARDS
             ],
             asked.processes,
         )
@@ -63,14 +64,14 @@ def main() -> None:
         studies = {asked.work / f"composition-{s}": study(asked, s) for s in seeds}
         results = measure(studies, asked.processes)
     target = asked.results / "composition"
-    scales = {name: load_episodes(folder, spec)[1].std for name, spec in REWARDS.items()}
+    scales = {name: load_episodes(folder, reward)[1].std for name, reward in GUIDES.items()}
     write(target, results, asked, deviations=scales)
     draw(results, scales, target / "gains.png")
 
 
-def guide(asked: argparse.Namespace, spec: str, seed: int) -> Path:
+def guide(asked: argparse.Namespace, reward: str, seed: int) -> Path:
     """The folder of a guide; brevity's is that of its own experiment."""
-    name = spec if spec == "brevity" else f"long-{spec.partition(':')[0]}"
+    name = reward if reward == "brevity" else f"long-{reward}"
     return guide_folder(asked.work, name, seed)
 
 
@@ -79,16 +80,16 @@ def study(asked: argparse.Namespace, seed: int) -> Study:
     draws = sampling(seed, MAX_TOKENS, n=2)
     points = [Point("policy", {}, Plain(), {}, draws)]
     for size in (1, 2, 3):
-        for names in itertools.combinations(REWARDS, size):
+        for names in itertools.combinations(GUIDES, size):
             weights = dict.fromkeys(names, 1.0)
             for beta in BETAS:
                 rule = VAS(beta=beta, k=K)
                 points.append(Point(" + ".join(names), {"beta": beta}, rule, weights, draws))
-    cheerful, *others = REWARDS.items()
+    cheerful, *others = ((name, REWARDS[reward]) for name, reward in GUIDES.items())
     return Study(
         held_out(asked),
         points,
-        guides={name: str(guide(asked, spec, seed)) for name, spec in REWARDS.items()},
+        guides={name: str(guide(asked, reward, seed)) for name, reward in GUIDES.items()},
         reward=cheerful[1],
         held_out=dict(others),
         max_rows=128,
@@ -100,7 +101,7 @@ def draw(results: Sequence[dict[str, Any]], scales: dict[str, float], file: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = dict(zip(REWARDS, ("reward", "brief", "dialogue"), strict=True))
+    columns = dict(zip(GUIDES, ("reward", "brief", "dialogue"), strict=True))
     policy, *others = results
     shown = [r for r in others if r["setting"]["beta"] == BETAS[0]]
     figure = Figure(figsize=(7.2, 4.2), dpi=120, layout="constrained")

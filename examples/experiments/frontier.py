@@ -51,7 +51,7 @@ def main() -> None:
     seeds = range(asked.seeds)
     data = asked.work / f"data-{asked.prompts}"
     with stage("responses"):
-        responses(asked.data / "train.txt", data, asked.prompts, MAX_TOKENS, [REWARD])
+        responses(asked.data / "train.txt", data, asked.prompts, MAX_TOKENS, {REWARD: REWARD})
     with stage("guides"):
         jobs = [job for seed in seeds for job in trainings(data, asked.work, seed)]
         parallel(jobs, asked.processes)

@@ -42,6 +42,8 @@ BETAS = (2.0, 4.0, 8.0)
 SHARES = (8, 3)
 """Of the prompts: an eighth and a third; the whole is the frontier's guide."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+"""Those of a head on a frozen trunk are tried on all responses, the others on an eighth: heads need
+many more steps, and other rates for them."""
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_rank": 16},
     "half the layers": {"lora_rank": None},
@@ -63,7 +65,7 @@ def main() -> None:
         file = asked.data / "train.txt"
         parallel(
             [
-                functools.partial(responses, file, data(asked, n), n, MAX_TOKENS, [REWARD])
+                functools.partial(responses, file, data(asked, n), n, MAX_TOKENS, {REWARD: REWARD})
                 for n in (asked.prompts, *sizes.values())
             ],
             asked.processes,
@@ -71,7 +73,7 @@ def main() -> None:
         monte_carlo(other_held_out(asked), halves, MAX_TOKENS, REWARD)
         make_small(small(asked))
     with stage("learning rates"):
-        rates = choose_rates(asked, min(sizes.values()))
+        rates = choose_rates(asked, few=min(sizes.values()))
     with stage("guides"):
         jobs: list[Job] = []
         for seed in seeds:
@@ -145,11 +147,14 @@ def job(asked: argparse.Namespace, name: str, seed: int, prompts: int, **how: An
     )
 
 
-def choose_rates(asked: argparse.Namespace, prompts: int) -> dict[str, float]:
-    """Each kind's learning rate with the lowest validation error on few responses, one seed."""
+def choose_rates(asked: argparse.Namespace, few: int) -> dict[str, float]:
+    """Each kind's learning rate with the lowest validation error, one seed."""
+
+    def prompts(kind: str) -> int:
+        return asked.prompts if KINDS[kind].get("freeze") else few
 
     def name(kind: str, rate: float) -> str:
-        return f"{kind} {rate:g}"
+        return f"{kind} {rate:g} of {prompts(kind)}"
 
     tried = [(kind, rate) for kind in KINDS for rate in RATES]
     how = {kind: {"model": model} for kind, model in KINDS.items()}
@@ -158,7 +163,7 @@ def choose_rates(asked: argparse.Namespace, prompts: int) -> dict[str, float]:
         functools.partial(
             train,
             guide_folder(asked.work, slug(name(kind, rate)), 0),
-            data(asked, prompts),
+            data(asked, prompts(kind)),
             REWARD,
             seed=0,
             base=base.get(kind, "stories"),

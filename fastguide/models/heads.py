@@ -20,6 +20,10 @@ class ScalarHead(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
+    def begin_at(self, value: float) -> None:
+        """Begin there instead of at zero."""
+        nn.init.constant_(self.bias, value)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` of any float dtype to ``[..., 1]`` fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -39,6 +43,10 @@ class MLPHead(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, dtype=torch.float32)
         self.hidden = nn.Linear(hidden_size, hidden_size, dtype=torch.float32)
         self.value = ScalarHead(hidden_size)
+
+    def begin_at(self, value: float) -> None:
+        """Begin there instead of at zero."""
+        self.value.begin_at(value)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` of any float dtype to ``[..., 1]`` fp32."""

@@ -125,6 +125,25 @@ MOST_FAILURES = 0.05
 """Share of samples without a reward at which work stops."""
 
 
+def check_failures(reward: str, failed: int, of: int, first: str) -> None:
+    """Stop where too many samples have no reward.
+
+    Args:
+        reward: its name.
+        failed: how many could not be judged.
+        of: how many there are.
+        first: one of those that failed, and why.
+
+    Raises:
+        ValueError: more than 5 % failed.
+    """
+    if failed > MOST_FAILURES * of:
+        raise ValueError(
+            f"reward {reward} failed on {failed} of {of} samples (allowed are 5 %), first on "
+            f"{first}"
+        )
+
+
 def judge_or_raise(
     reward: Reward, samples: Sequence[Sample], where: Callable[[int], str]
 ) -> tuple[list[float | None], list[Failure]]:
@@ -139,12 +158,9 @@ def judge_or_raise(
         ValueError: more than 5 % of the samples cannot be judged: how many, and why the first.
     """
     values, failures = judge(reward, samples)
-    if len(failures) > MOST_FAILURES * len(samples):
-        first = failures[0]
-        raise ValueError(
-            f"reward {reward.name} failed on {len(failures)} of {len(samples)} samples (allowed "
-            f"are 5 %), first on {where(first.sample)}: {first.reason}"
-        )
+    if failures:
+        first = f"{where(failures[0].sample)}: {failures[0].reason}"
+        check_failures(reward.name, len(failures), len(samples), first)
     return values, failures
 
 

@@ -78,9 +78,8 @@ def episodes_of(
 
     ``(raw - mean) / std`` over unguided responses is the unit in which guides are trained, so that
     beta means the same for every guide. An episode pays its reward at the end, or token by token
-    if the reward is a constant times the number of tokens: then a value is what is still to come,
-    shifted so that its mean over all states is 0, where a fresh head begins. It differs from the
-    value of the same reward paid at the end by what is past and by that shift, which all
+    if the reward is a constant times the number of tokens: then a value is what is still to come.
+    It differs from the value of the same reward paid at the end by what is past, which all
     candidates of a step share: guidance is the same, but the model need not count the past.
 
     Args:
@@ -98,8 +97,7 @@ def episodes_of(
     raw = [reward for _, reward in pairs]
     scale = RewardScale.of(name, raw, per_token=per_token != 0)
     if scale.per_token:
-        each = per_token / scale.std
-        ends, tokens = [-each * _mean_left(responses)] * len(raw), each
+        ends, tokens = [0.0] * len(raw), per_token / scale.std
     else:
         ends, tokens = scale.standardise(raw), 0.0
     episodes = [
@@ -109,10 +107,18 @@ def episodes_of(
     return episodes, scale
 
 
-def _mean_left(responses: Sequence[Sequence[int]]) -> float:
-    """Tokens paid from a state on, its own included, averaged over the states of all responses."""
-    left = sum(len(r) + len(r) * (len(r) + 1) // 2 for r in responses)
-    return left / sum(len(r) + 1 for r in responses)
+def mean_return(episodes: Iterable[Episode], gamma: float) -> float:
+    """The discounted return that follows a state, what it pays included, averaged over all."""
+    total, states = 0.0, 0
+    for episode in episodes:
+        left = episode.reward
+        for _ in episode.response_ids:
+            left += episode.token_reward
+            total += left
+            left *= gamma
+        total += left  # s_0 pays nothing
+        states += len(episode.response_ids) + 1
+    return total / states
 
 
 def collate(episodes: Sequence[Episode]) -> EpisodeBatch:

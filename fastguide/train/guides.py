@@ -23,7 +23,7 @@ from fastguide.models.guide_config import CONFIG_FILE, GuideConfig
 from fastguide.models.loading import find_tokenizer
 from fastguide.models.value import ValueModel
 from fastguide.train.collect import ROLLOUTS, check_tokenizer
-from fastguide.train.episodes import Episode
+from fastguide.train.episodes import Episode, mean_return
 from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes, default_border
 from fastguide.train.labels import load_episodes
 from fastguide.train.prefix import PrefixConfig, PrefixTrainer
@@ -145,6 +145,8 @@ def train_guide(
     targets = {name: getattr(config, name) for name in ("gamma", "lam") if hasattr(config, name)}
     guide = GuideConfig(assets.absolute(base), scale, kind=how.guide, training=facts, **targets)
     value = ValueModel.create(base, config=guide, **model)
+    if scale.per_token:  # other rewards are 0 in the mean, where a head begins
+        value.head.begin_at(mean_return(train, guide.gamma))
     trainer = how.trainer(value, config, train, valid, callbacks=list(callbacks))
     if on_start is not None:
         on_start(len(train), len(valid))

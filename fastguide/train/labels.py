@@ -8,7 +8,7 @@ from typing import Any
 
 from fastguide.engine.text import CONTEXT_TOKENS
 from fastguide.models.guide_config import RewardScale
-from fastguide.rewards import Reward, Sample, judge_or_raise, spec_of
+from fastguide.rewards import Reward, Sample, check_failures, judge, spec_of
 from fastguide.train.collect import ROLLOUTS, OnProgress, read, rollouts_of
 from fastguide.train.episodes import Episode, Rollout, episodes_of
 from fastguide.train.shards import Shards
@@ -38,20 +38,39 @@ def label(
 
     Raises:
         ValueError: the responses are unfinished; the series is of another reward or limit; or
-            more than 5 % of the samples of a shard cannot be judged, which are then named.
+            more than 5 % of all samples cannot be judged. What was judged is kept.
     """
     shards = label_series(folder, reward, name, max_tokens)
-    rows = [entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values()]
-    done = 0
+    of, done = total(shards), 0
     for number in range(shards.series[name]["of"]):
         rollouts = rollouts_of(shards.read(ROLLOUTS, number))
         if not shards.has(name, number):
             table, failed = judged(rollouts, reward, decode, max_tokens)
-            shards.write(name, number, table, failed=len(failed), reasons=failed[:REASONS])
+            keep(shards, name, number, table, len(failed), failed[:REASONS])
         done += len(rollouts)
         if on_progress is not None:
-            on_progress(done, sum(rows))
+            on_progress(done, of)
     return shards
+
+
+def keep(
+    shards: Shards, name: str, number: int, table: Any, failed: int, reasons: list[str]
+) -> None:
+    """Write a shard of rewards, unless with it more than 5 % of all samples had none.
+
+    Raises:
+        ValueError: they had.
+    """
+    entries = [*shards.series[name]["shards"].values(), {"failed": failed, "reasons": reasons}]
+    if first := [reason for entry in entries for reason in entry["reasons"]]:
+        count = sum(entry["failed"] for entry in entries)
+        check_failures(shards.series[name]["about"]["reward"], count, total(shards), first[0])
+    shards.write(name, number, table, failed=failed, reasons=reasons)
+
+
+def total(shards: Shards) -> int:
+    """How many responses a finished collection has."""
+    return sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
 
 
 def label_series(folder: str | Path, reward: Reward, name: str, max_tokens: int | None) -> Shards:
@@ -84,11 +103,7 @@ def judged(
     decode: Callable[[Sequence[int]], str],
     max_tokens: int | None,
 ) -> tuple[Any, list[str]]:
-    """A shard of rewards, row by row beside the responses, and which could not be judged, and why.
-
-    Raises:
-        ValueError: more than 5 % of them could not.
-    """
+    """A shard of rewards, row by row beside the responses, and what has none, and why."""
     import pyarrow as pa
 
     samples = []
@@ -96,10 +111,7 @@ def judged(
         ids = rollout.response_ids[:max_tokens]
         samples.append(sample_of(rollout, ids, decode))
 
-    def where(i: int) -> str:
-        return f"prompt {rollouts[i].prompt}, sample {rollouts[i].sample}"
-
-    values, failures = judge_or_raise(reward, samples, where)
+    values, failures = judge(reward, samples)
     reasons = {failure.sample: failure.reason for failure in failures}
     table = pa.table(
         {
@@ -108,7 +120,8 @@ def judged(
             "failure": pa.array([reasons.get(i) for i in range(len(samples))], pa.string()),
         }
     )
-    return table, [f"{where(f.sample)}: {f.reason}" for f in failures]
+    failed = [(rollouts[failure.sample], failure.reason) for failure in failures]
+    return table, [f"prompt {r.prompt}, sample {r.sample}: {reason}" for r, reason in failed]
 
 
 def sample_of(

@@ -27,7 +27,7 @@ from fastguide.train.collect import (
     shard_prompts,
     table_of,
 )
-from fastguide.train.labels import REASONS, judged, label_series
+from fastguide.train.labels import REASONS, judged, keep, label_series, total
 from fastguide.train.shards import Shards
 
 SHARDS_AT_ONCE = 1024
@@ -125,17 +125,17 @@ def label_with_ray(
     shards = label_series(folder, known, name, max_tokens)
     of = shards.series[name]["of"]
     missing = [n for n in range(of) if not shards.has(name, n)]
-    total = sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
+    every = total(shards)
     left = sum(shards.series[ROLLOUTS]["shards"][str(n)]["rows"] for n in missing)
     arguments = (spec, device, str(model), max_tokens, trust_remote_code)
     for start in range(0, len(missing), SHARDS_AT_ONCE):
         some = missing[start : start + SHARDS_AT_ONCE]
         todo = [{"number": n, "rollouts": _ipc(shards.read(ROLLOUTS, n))} for n in some]
         for number, table, failed, reasons in _stream(ray, todo, _Judge, arguments, workers, gpus):
-            shards.write(name, number, table, failed=failed, reasons=reasons)
+            keep(shards, name, number, table, failed, reasons)
             left -= table.num_rows
             if on_progress is not None:
-                on_progress(total - left, total)
+                on_progress(every - left, every)
     return shards
 
 

@@ -15,7 +15,7 @@ from fastguide import Engine
 from fastguide.kernels.reference import td_lambda
 from fastguide.rewards import FunctionReward, Sample, load_reward
 from fastguide.train.collect import collect, failures, read
-from fastguide.train.episodes import Rollout, collate, episodes_of
+from fastguide.train.episodes import Episode, Rollout, collate, episodes_of, mean_return
 from fastguide.train.labels import label, load_episodes, sample_of
 from fastguide.train.shards import Shards
 
@@ -94,8 +94,36 @@ def test_a_sample_that_cannot_be_judged_is_left_out(tmp_path: Path) -> None:
     assert [i for i, row in enumerate(rows) if row["reward"] is None] == [7, 9]
     assert rows[7]["failure"] == "RuntimeError: no opinion"
     assert rows[9]["failure"] == "the reward is nan"
-    with pytest.raises(ValueError, match=r"failed on 2 of 10 .* prompt 7, sample 0: RuntimeError"):
-        judged(rollouts[:10], FunctionReward(reward), decode, None)
+
+
+def test_failures_count_against_all_samples(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastguide.rewards.base.MOST_FAILURES", 0.1)
+    responses = [" ".join(map(str, rollout.response_ids)) for rollout in read(folder)]
+    first, *_, last = [i for i, one in enumerate(responses) if responses.count(one) == 1]
+    assert first < 8  # in a shard of four
+    assert last == 9  # in the last, of two
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(f" {i}" for i in ids)
+
+    def reward(*failing: int) -> FunctionReward:
+        texts = [responses[i] for i in failing]
+
+        def opinion(prompt: str, response: str) -> float:
+            if response.strip() in texts:
+                raise RuntimeError("no opinion")
+            return 0.0
+
+        return FunctionReward(opinion)
+
+    # One of the two in the last shard, but one of ten in all.
+    assert failures(label(folder, reward(last), decode, name="one"), "one") == 1
+    said = r"failed on 2 of 10 samples .* first on prompt \d, sample \d: RuntimeError: no"
+    with pytest.raises(ValueError, match=said):
+        label(folder, reward(first, last), decode, name="two")
+    assert list(Shards(folder).series["two"]["shards"]) == ["0", "1"]  # what was judged is kept
 
 
 def test_episodes_are_cut_and_standardised() -> None:
@@ -109,16 +137,19 @@ def test_episodes_are_cut_and_standardised() -> None:
     )
     assert [len(e.response_ids) for e in episodes] == [3, 2]
     assert (scale.mean, scale.std, scale.per_token) == (-2.5, 0.5, True)
-    # Paid per token, 1 / std each; what is still to come is 0 in the mean over all states.
-    assert [e.token_reward for e in episodes] == [-2.0, -2.0]
-    batch = collate(episodes)
-    left = td_lambda(torch.zeros(2, 5), batch.rewards, batch.states, 1.0, 1.0)
-    assert left.sum().item() == pytest.approx(0.0, abs=1e-5)
-    assert left[0, 1].item() - left[1, 0].item() == pytest.approx(-2.0)  # 3 tokens, not 2
+    assert [(e.reward, e.token_reward) for e in episodes] == [(0.0, -2.0)] * 2
     episodes, _ = episodes_of(rollouts, [0.9, -0.1, None], "joy", max_tokens=3)
     assert [(e.reward, e.token_reward) for e in episodes] == [(1.0, 0.0), (-1.0, 0.0)]
     with pytest.raises(ValueError, match="'joy' is 1 for all 3 responses"):
         episodes_of(rollouts, [1.0, 1.0, 1.0], "joy")
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_the_mean_return_is_that_of_all_states(gamma: float) -> None:
+    episodes = [Episode((1, 2), (3, 4, 5), 2.0, token_reward=-0.5), Episode((1,), (), 3.0)]
+    batch = collate(episodes)
+    returns = td_lambda(torch.zeros(2, 5), batch.rewards, batch.states, gamma, 1.0)
+    assert mean_return(episodes, gamma) == pytest.approx(returns[batch.states].mean().item())
 
 
 def test_samples_say_how_many_tokens_they_have() -> None:
