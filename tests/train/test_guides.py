@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,14 @@ from fastguide.models.guide_config import GuideConfig
 from fastguide.models.value import ValueModel
 from fastguide.train.episodes import Episode
 from fastguide.train.fudge import FudgeConfig
-from fastguide.train.guides import early_stopping, is_held_out, split, sweep, train_guide
+from fastguide.train.guides import (
+    _against,
+    early_stopping,
+    is_held_out,
+    split,
+    sweep,
+    train_guide,
+)
 from fastguide.train.shards import Shards
 from fastguide.train.value import ValueConfig
 
@@ -172,6 +180,18 @@ def test_a_run_that_diverged_wins_no_sweep(tmp_path: Path, order: list[float]) -
     assert best == {"learning_rate": 1e-3}
     with pytest.raises(ValueError, match="none of 1 runs ended with a number as eval_mse"):
         sweep("value", tmp_path / "other", {"learning_rate": [10]}, train)
+
+
+def test_one_process_measures_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*_: Any) -> None:
+        raise AssertionError("another process measures")
+
+    told = {"eval_mc_mse": 0.5}
+    monkeypatch.setattr("fastguide.train.guides.validate", measure)
+    monkeypatch.setattr("fastguide.train.guides.broadcast_object_list", lambda nothing: [told])
+    other: Any = SimpleNamespace(is_world_process_zero=lambda: False)
+    model: Any = None
+    assert _against("set", model, other) == told
 
 
 def test_a_guide_on_a_local_backbone_loads_from_anywhere(
