@@ -22,6 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "request": set(),
     "prompts": set(),
     "lazy": set(),
+    "files": set(),
     "assets": set(),
     "cache": {"config"},
     "models": {"kernels", "cache", "config", "assets"},
@@ -31,8 +32,8 @@ ARROWS: dict[str, set[str]] = {
     "rewards": {"models", "lazy"},
     "search": {"engine", "rewards"},
     "blackbox": {"guides", "kernels"},
-    "train": {"models", "kernels", "engine", "config", "request", "guides", "assets", "rewards"},
-    "evaluate": {"engine", "search", "guides", "rewards", "prompts"},
+    "train": {"models", "kernels", "engine", "request", "guides", "rewards", "files"},
+    "evaluate": {"engine", "search", "guides", "rewards", "prompts", "files"},
     "serve": {"engine", "guides"},
     "integrations": {"engine", "guides"},
 }
@@ -46,6 +47,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "request": set(),
     "prompts": set(),
     "lazy": set(),
+    "files": set(),
     "assets": set(),
     "cache": {"torch", "numpy"},
 }

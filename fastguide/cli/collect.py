@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -53,17 +53,28 @@ def collect(
     from fastguide.engine.progress import progress
     from fastguide.train.collect import CollectConfig, collect
 
-    if workers != 1 and not ray:
-        raise ValueError(f"--workers is {workers}; allowed with --ray")
+    for option, given, usual in (("--workers", workers, 1), ("--gpus", gpus, 0)):
+        if given != usual and not ray:
+            raise ValueError(f"{option} is {given:g}; allowed with --ray")
+    if device is not None and ray:
+        raise ValueError(f"--device is {device!r}; allowed without --ray, which takes --gpus")
     texts = read_prompts(prompts or [], source)
     config = CollectConfig(samples, max_tokens, temperature, seed, shard)
     if ray:
-        with_options = {
-            "dtype": chosen_dtype(model, dtype),
-            "max_rows": max_rows,
-            "trust_remote_code": trust_remote_code,
-        }
-        _with_ray(out, texts, chat, rewards, name, model, config, workers, gpus, with_options)
+        _with_ray(
+            out,
+            model,
+            texts,
+            config,
+            chat=chat,
+            rewards=rewards,
+            name=name,
+            dtype=dtype,
+            max_rows=max_rows,
+            trust_remote_code=trust_remote_code,
+            workers=workers,
+            gpus=gpus,
+        )
         return
     judges = _rewards(rewards, device, trust_remote_code)
     engine = load_engine(
@@ -106,27 +117,35 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], chat: bool) ->
 
 def _with_ray(
     out: str,
+    model: str | None,
     texts: list[str],
+    config: CollectConfig,
+    *,
     chat: bool,
     rewards: Sequence[str] | None,
     name: str,
-    model: str | None,
-    config: CollectConfig,
-    workers: int,
-    gpus: float,
-    engine: dict[str, Any],
+    dtype: str | None,
+    max_rows: int,
+    trust_remote_code: bool,
+    **each: Any,
 ) -> None:
+    """Collect, and judge if there are rewards; ``each`` says how many workers, and their GPUs."""
     from fastguide import assets
     from fastguide.engine.progress import progress
     from fastguide.models.loading import load_tokenizer
     from fastguide.train.ray_data import collect_with_ray, label_with_ray
 
-    if rewards:
-        load_reward(rewards, device="cpu")  # mistakes are told before anything is sampled
+    if rewards:  # mistakes are told before anything is sampled
+        load_reward(rewards, trust_remote_code=trust_remote_code, weights=False)
     path = assets.resolve(model or assets.MODEL)
-    tokenizer = load_tokenizer(path, trust_remote_code=engine["trust_remote_code"])
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     ids = _encode(tokenizer, texts, chat)
     total = len(ids) * config.samples_per_prompt
+    engine = {
+        "dtype": chosen_dtype(model, dtype),
+        "max_rows": max_rows,
+        "trust_remote_code": trust_remote_code,
+    }
     with progress(total, wanted=True, what="responses") as note:
         shards = collect_with_ray(
             path,
@@ -134,10 +153,9 @@ def _with_ray(
             out,
             config,
             texts=texts if chat else None,
-            workers=workers,
-            gpus=gpus,
             options=engine,
             on_progress=lambda done, _: note(done),
+            **each,
         )
     _say_collected(shards)
     if rewards:
@@ -148,10 +166,9 @@ def _with_ray(
                 rewards,
                 path,
                 name=name,
-                workers=workers,
-                gpus=gpus,
-                trust_remote_code=engine["trust_remote_code"],
+                trust_remote_code=trust_remote_code,
                 on_progress=lambda done, _: note(done),
+                **each,
             )
         _say(shards, total, name)
     else:
@@ -235,6 +252,7 @@ def _label(
     max_tokens: int | None,
 ) -> None:
     from fastguide.engine.progress import progress
+    from fastguide.engine.text import decoder
     from fastguide.train.labels import label
 
     total = _responses(shards)
@@ -259,12 +277,3 @@ def _say(shards: Shards, total: int, name: str) -> None:
     typer.echo(f"{total - failed} rewards ({reward}) as {name!r} in {shards.folder}{left_out}")
     for reason in reasons(shards, name)[:MOST_REASONS]:
         typer.echo(f"  {reason}")
-
-
-def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
-    """Token ids to text without special tokens."""
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    return decode

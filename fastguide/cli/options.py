@@ -178,6 +178,18 @@ MaxLength = Annotated[int, _option(_TRAINING, "Most tokens of a text.", **_COUNT
 LoraRank = Annotated[
     int | None, _option(_BACKBONE, "Rank of the LoRA that is trained (16).", **_COUNT)
 ]
+LoraAlpha = Annotated[
+    int | None, _option(_BACKBONE, "Scale of the LoRA; left out: its rank.", **_COUNT)
+]
+BackboneDtype = Annotated[
+    str | None,
+    _option(
+        _BACKBONE, "Of its weights (float32): bfloat16, float16 or auto.", "--dtype", metavar="NAME"
+    ),
+]
+BackboneCode = Annotated[
+    bool, _option(_BACKBONE, "Run code shipped with checkpoints.", "--trust-remote-code")
+]
 Full = Annotated[bool, _option(_BACKBONE, "Train all weights, without a LoRA.", "--full")]
 Freeze = Annotated[bool, _option(_BACKBONE, "Train the head alone.", "--freeze")]
 Head = Annotated[str, _option(_BACKBONE, "Head on the hidden states.", metavar="linear|mlp")]

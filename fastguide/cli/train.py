@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -15,9 +12,7 @@ from fastguide import assets
 from fastguide.cli import options
 from fastguide.cli.collect import policy_of
 from fastguide.cli.loading import quiet
-
-if TYPE_CHECKING:
-    from fastguide.train.prefix import PrefixConfig
+from fastguide.cli.settings import configured, fields_of, read_settings, swept_values
 
 LORA_RANK = 16
 FEW = 50
@@ -33,10 +28,13 @@ def value(
     labels: options.Labels = "reward",
     model: options.Backbone = None,
     lora_rank: options.LoraRank = None,
+    lora_alpha: options.LoraAlpha = None,
     full: options.Full = False,
     freeze: options.Freeze = False,
     head: options.Head = "linear",
     quantize: options.Quantize = None,
+    dtype: options.BackboneDtype = None,
+    trust_remote_code: options.BackboneCode = False,
     lam: options.Lam = 0.95,
     gamma: options.Gamma = 1.0,
     learning_rate: options.LearningRate = 1e-3,
@@ -54,8 +52,30 @@ def value(
     """A value model by TD(λ) (VAS); --lam 1 is Monte-Carlo, --lam 0 one-step TD."""
     given = {"gamma": gamma, "lam": lam, "learning_rate": learning_rate, "ema": ema, "bf16": bf16}
     given |= {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "seed": seed}
-    backbone = _backbone(lora_rank, full, freeze, head, quantize) | {"validation": validation}
-    _train("value", data, out, model, labels, held_out, patience, given, extra, swept, backbone)
+    backbone = _backbone(
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        full=full,
+        freeze=freeze,
+        head=head,
+        quantize=quantize,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    _train(
+        "value",
+        data,
+        out,
+        model,
+        config=given,
+        extra=extra,
+        swept=swept,
+        patience=patience,
+        labels=labels,
+        held_out=held_out,
+        validation=validation,
+        **backbone,
+    )
 
 
 @train.command()
@@ -66,10 +86,13 @@ def fudge(
     above: options.Above = None,
     model: options.Backbone = None,
     lora_rank: options.LoraRank = None,
+    lora_alpha: options.LoraAlpha = None,
     full: options.Full = False,
     freeze: options.Freeze = False,
     head: options.Head = "linear",
     quantize: options.Quantize = None,
+    dtype: options.BackboneDtype = None,
+    trust_remote_code: options.BackboneCode = False,
     learning_rate: options.LearningRate = 1e-3,
     epochs: options.Epochs = 3.0,
     batch_size: options.BatchSize = 32,
@@ -84,8 +107,30 @@ def fudge(
     """A classifier of prefixes (FUDGE): will the finished response have a reward above a border?"""
     given = {"learning_rate": learning_rate, "ema": ema, "bf16": bf16, "seed": seed}
     given |= {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size}
-    backbone = _backbone(lora_rank, full, freeze, head, quantize) | {"above": above}
-    _train("fudge", data, out, model, labels, held_out, patience, given, extra, swept, backbone)
+    backbone = _backbone(
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        full=full,
+        freeze=freeze,
+        head=head,
+        quantize=quantize,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    _train(
+        "fudge",
+        data,
+        out,
+        model,
+        config=given,
+        extra=extra,
+        swept=swept,
+        patience=patience,
+        labels=labels,
+        held_out=held_out,
+        above=above,
+        **backbone,
+    )
 
 
 @train.command()
@@ -104,7 +149,16 @@ def reward(
 ) -> None:
     """A reward model from pairs of responses (columns chosen, rejected), with TRL."""
     given = _trl(learning_rate, epochs, batch_size, max_length, seed)
-    _prefer("reward", pairs, out, model, lora_rank, held_out, given, extra)
+    _prefer(
+        "reward",
+        pairs,
+        out,
+        model,
+        config=given,
+        extra=extra,
+        lora_rank=lora_rank,
+        held_out=held_out,
+    )
 
 
 @train.command()
@@ -123,7 +177,16 @@ def sft(
 ) -> None:
     """A policy fine-tuned on texts (column text), with TRL."""
     given = _trl(learning_rate, epochs, batch_size, max_length, seed)
-    _prefer("sft", texts, out, model, lora_rank, held_out, given, extra)
+    _prefer(
+        "sft",
+        texts,
+        out,
+        model,
+        config=given,
+        extra=extra,
+        lora_rank=lora_rank,
+        held_out=held_out,
+    )
 
 
 def _trl(
@@ -144,52 +207,67 @@ def _prefer(
     files: Sequence[str],
     out: str,
     model: str | None,
-    lora_rank: int | None,
-    held_out: float,
-    given: dict[str, Any],
+    *,
+    config: dict[str, Any],
     extra: Sequence[str] | None,
+    **options: Any,
 ) -> None:
-    if given["max_length"] < 1:
-        raise ValueError(f"--max-length is {given['max_length']}; allowed are numbers from 1")
+    """Train by TRL and say what came out; ``options`` are of ``train_reward``."""
+    if config["max_length"] < 1:
+        raise ValueError(f"--max-length is {config['max_length']}; allowed are numbers from 1")
     with quiet():
         import torch
 
         from fastguide.train.preferences import read_rows, train_reward, train_sft, trl
 
     config_class = trl().RewardConfig if kind == "reward" else trl().SFTConfig
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    given |= {"bf16": torch.cuda.is_available()}  # TRL's default wants a GPU
-    given |= dict(_setting(text, fields) for text in extra or [])
+    given = config | {"bf16": torch.cuda.is_available()}  # TRL's default wants a GPU
+    given |= read_settings(extra, fields_of(config_class), "--set")
     run = train_reward if kind == "reward" else train_sft
     with quiet():
         import datasets
 
         datasets.disable_progress_bars()
         rows = read_rows(kind, files)
-        typer.echo(f"{len(rows)} rows; checkpoints in {out}")
-        config = config_class(output_dir=out, **given)
-        metrics = run(rows, model or assets.MODEL, config, lora_rank=lora_rank, held_out=held_out)
+        settings = configured(config_class, {"output_dir": out, **given})
+        _say(f"{len(rows)} rows; checkpoints in {out}")
+        metrics = run(rows, model or assets.MODEL, settings, **options)
     shown = [
         f"{name} {metrics[f'eval_{name}']:.4f}"
         for name in ("loss", "accuracy", "margin")
         if f"eval_{name}" in metrics
     ]
-    typer.echo(f"model in {out}" + (f"; held out: {', '.join(shown)}" if shown else ""))
+    _say(f"model in {out}" + (f"; held out: {', '.join(shown)}" if shown else ""))
 
 
 def _backbone(
-    lora_rank: int | None, full: bool, freeze: bool, head: str, quantize: str | None
+    *,
+    lora_rank: int | None,
+    lora_alpha: int | None,
+    full: bool,
+    freeze: bool,
+    head: str,
+    quantize: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
+    """Options of ``ValueModel.create``."""
     given = {"--full": full, "--freeze": freeze, "--lora-rank": lora_rank is not None}
     if len(both := [name for name, is_given in given.items() if is_given]) > 1:
         raise ValueError(f"{' and '.join(both)} are both given; allowed is one of them")
+    if lora_alpha is not None and (full or freeze):
+        raise ValueError(f"--lora-alpha is {lora_alpha}; allowed with a LoRA (--lora-rank)")
     rank = None if full or freeze else LORA_RANK if lora_rank is None else lora_rank
-    found: dict[str, Any] = {"lora_rank": rank, "freeze": freeze}
+    found: dict[str, Any] = {"lora_rank": rank, "lora_alpha": lora_alpha, "freeze": freeze}
     if quantize is not None:
         from fastguide.models.quantization import quantization
 
         found["quantization"] = quantization(quantize)
-    return found | {"head": head}
+    if dtype is not None:
+        from fastguide.models.loading import resolve_dtype
+
+        found["dtype"] = None if dtype == "auto" else resolve_dtype(dtype)
+    return found | {"head": head, "trust_remote_code": trust_remote_code}
 
 
 def _train(
@@ -197,82 +275,61 @@ def _train(
     data: str,
     out: str,
     model: str | None,
-    labels: str,
-    held_out: float,
-    patience: int | None,
-    given: dict[str, Any],
+    *,
+    config: dict[str, Any],
     extra: Sequence[str] | None,
     swept: Sequence[str] | None,
-    options: dict[str, Any],
+    patience: int | None,
+    **options: Any,
 ) -> None:
+    """Train a guide, or sweep, and say what came out; ``options`` are of ``train_guide``."""
     from fastguide.train.collect import ROLLOUTS
     from fastguide.train.guides import KINDS, early_stopping, sweep, train_guide
     from fastguide.train.shards import Shards
 
     backbone = model or policy_of(Shards(data))
-    more, callbacks = early_stopping(kind, patience) if patience is not None else ({}, [])
-    given |= more
-    fields = {field.name for field in dataclasses.fields(KINDS[kind].config)}
-    given |= dict(_setting(text, fields) for text in extra or [])
+    stopping, callbacks = early_stopping(kind, patience) if patience is not None else ({}, [])
+    fields = fields_of(KINDS[kind].config)
+    given = config | stopping | read_settings(extra, fields, "--set")
 
     def run(folder: Path, more: dict[str, Any]) -> dict[str, float]:
-        config: PrefixConfig = KINDS[kind].config(output_dir=str(folder), **(given | more))
+        settings = {"output_dir": str(folder), **given, **more}
         return train_guide(
             kind,
             data,
             backbone,
-            config,
-            labels=labels,
-            held_out=held_out,
+            configured(KINDS[kind].config, settings),
             callbacks=list(callbacks),
-            on_start=lambda train, valid: _say_start(train, valid, held_out, folder),
+            on_start=lambda train, valid: _say_start(train, valid, options["held_out"], folder),
             **options,
         )
 
     if swept:
-        grid = dict(_values(text, fields) for text in swept)
-        about = f"{Shards(data).digest(ROLLOUTS, labels)} {backbone} {held_out} {given} {options}"
+        grid = {
+            name: swept_values(x) for name, x in read_settings(swept, fields, "--sweep").items()
+        }
+        for name in sorted(grid.keys() & read_settings(extra, fields, "--set").keys()):
+            raise ValueError(f"{name} is given by --set and --sweep; allowed is one of them")
+        about = f"{Shards(data).digest(ROLLOUTS, options['labels'])} {backbone} {given} {options}"
         best, metrics = sweep(kind, out, grid, run, about=about)
         chosen = ", ".join(f"{name} {value}" for name, value in best.items())
-        typer.echo(f"best of the sweep: {chosen}")
+        _say(f"best of the sweep: {chosen}")
     else:
         metrics = run(Path(out), {})
     shown = "mse explained_variance mc_mse mc_explained_variance loss accuracy majority".split()
     found = [f"{n} {metrics[f'eval_{n}']:.4f}" for n in shown if f"eval_{n}" in metrics]
-    typer.echo(f"guide in {out}" + (f"; on held-out prompts: {', '.join(found)}" if found else ""))
+    _say(f"guide in {out}" + (f"; on held-out prompts: {', '.join(found)}" if found else ""))
+
+
+def _say(text: str) -> None:
+    """Print, in one of the processes."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        typer.echo(text)
 
 
 def _say_start(train: int, valid: int, held_out: float, folder: Path) -> None:
     typer.echo(f"{train} responses to train on, {valid} to validate; checkpoints in {folder}")
     if held_out and valid < FEW:
         typer.echo("few to validate on: their error says little; --held-out takes a larger share")
-
-
-def _setting(text: str, fields: set[str], option: str = "--set") -> tuple[str, Any]:
-    """``NAME=VALUE``, of any field of the configuration."""
-    name, equals, value = text.partition("=")
-    name = {"lr": "learning_rate"}.get(name, name)
-    if not equals or name not in fields - {"output_dir"}:
-        near = difflib.get_close_matches(name, fields, n=1)
-        meant = near[0] if near else "gradient_accumulation_steps"
-        raise ValueError(
-            f"{option} is {text!r}; allowed is NAME=VALUE with a name of transformers' "
-            f"TrainingArguments, such as {meant}"
-        )
-    return name, _literal(value)
-
-
-def _values(text: str, fields: set[str]) -> tuple[str, list[Any]]:
-    """``NAME=VALUE,VALUE``, what a sweep goes through."""
-    name, value = _setting(text, fields, "--sweep")
-    if isinstance(value, tuple):
-        return name, list(value)
-    return name, [_literal(part) for part in str(value).split(",")]
-
-
-def _literal(text: str) -> Any:
-    """A number, True, False or None, else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from fastguide import assets
 from fastguide.cli import options
-from fastguide.cli.collect import decoder, policy_of
+from fastguide.cli.collect import policy_of
 from fastguide.cli.loading import load_engine
 
 
@@ -42,9 +43,19 @@ def validate(
         raise ValueError("neither --data nor a guide is given; allowed are either and both")
     if data is not None:
         _make(
-            folder, data, labels, held_out, prompts, completions, seed, model, device, dtype,
-            trust_remote_code, max_rows,
-        )  # fmt: skip
+            folder,
+            data,
+            model,
+            labels=labels,
+            held_out=held_out,
+            prompts=prompts,
+            completions=completions,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            max_rows=max_rows,
+        )
     for name in guides or []:
         _measure(name, folder, device, trust_remote_code)
 
@@ -52,24 +63,26 @@ def validate(
 def _make(
     folder: str,
     data: str,
+    model: str | None,
+    *,
     labels: str,
     held_out: float,
     prompts: int,
     completions: int,
     seed: int,
-    model: str | None,
     device: str | None,
-    dtype: str | None,
     trust_remote_code: bool,
-    max_rows: int,
+    **engine_options: Any,
 ) -> None:
+    """Make a validation set and say how large it is."""
     from fastguide.engine.progress import progress
+    from fastguide.engine.text import decoder
     from fastguide.rewards import load_reward
     from fastguide.train.collect import read
     from fastguide.train.guides import is_held_out
     from fastguide.train.labels import check_labels
     from fastguide.train.shards import Shards
-    from fastguide.train.validation import make_validation
+    from fastguide.train.validation import has_halves, make_validation, measurable
 
     check_labels(labels)
     shards = Shards(data)
@@ -79,14 +92,14 @@ def _make(
     chosen = [r for r in read(data) if r.sample == 0 and is_held_out(r.prompt_ids, held_out)]
     if not chosen:
         raise ValueError(f"--held-out {held_out} holds none of the prompts of {data} out")
+    chosen = [r for r in chosen if has_halves(r)]
     sampling = shards.about["sampling"]
     engine = load_engine(
         model or policy_of(shards),
         [],
         device=device,
-        dtype=dtype,
         trust_remote_code=trust_remote_code,
-        max_rows=max_rows,
+        **engine_options,
     )
     if engine.policy != shards.about["policy"]:
         raise ValueError(
@@ -108,9 +121,9 @@ def _make(
             seed=seed,
             on_progress=lambda done, _: note(done),
         )
-    asked = f" ({prompts} were asked for, {len(chosen)} are held out)"
-    few = asked if len(chosen) < prompts else ""
-    typer.echo(f"validation set of {min(prompts, len(chosen))} prefixes in {made.folder}{few}")
+    found = measurable(made)
+    few = f" ({prompts} were asked for)" if found < prompts else ""
+    typer.echo(f"validation set of {found} prefixes in {made.folder}{few}")
 
 
 def _measure(name: str, folder: str, device: str | None, trust_remote_code: bool) -> None:

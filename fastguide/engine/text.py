@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -90,6 +90,15 @@ def _is_token(value: Any) -> bool:
 def _shown(value: Any) -> str:
     """A value in a message: on one line, and not all of a long one."""
     return textwrap.shorten(repr(_plain(value)), 80, placeholder=" …")
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str]:
+    """Token ids to text without special tokens."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    return decode
 
 
 class TextStream:

@@ -120,10 +120,6 @@ class GuideConfig:
             training=raw.get("training", {}),
         )
 
-    def to_json_string(self) -> str:
-        """As the loggers of transformers ask for it."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
-
     def save(self, folder: Path) -> None:
         """Write ``guide_config.json`` into ``folder``."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"

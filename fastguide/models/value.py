@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
-from fastguide.assets import resolve
+from fastguide.assets import names, resolve
 from fastguide.models.guide_config import CONFIG_FILE, GuideConfig, RewardScale
 from fastguide.models.heads import MLPHead, ScalarHead, make_head
 from fastguide.models.loading import load_config, load_weights, one_line
@@ -256,17 +256,52 @@ class ValueModel(nn.Module):
         _load_state(self.head, source / HEAD_FILE)
 
     def push_to_hub(
-        self, repo_id: str, *, dtype: torch.dtype | None = None, base_model: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        dtype: torch.dtype | None = None,
+        base_model: str | None = None,
     ) -> str:
-        """Upload the guide folder to the Hugging Face Hub; returns its address."""
+        """Upload the guide folder to the Hugging Face Hub.
+
+        Args:
+            repo_id: ``user/name``; made if needed.
+            private: whether a repository that is made is; None is the account's default.
+            token: of the hub; None is the one of ``hf auth login``.
+            dtype: as in ``save_pretrained``.
+            base_model: where others find the base model: a hub id or packaged name; None is the
+                config's.
+
+        Returns:
+            Its address.
+
+        Raises:
+            ValueError: the guide needs its base model, which is named by a path of this machine.
+        """
         from huggingface_hub import HfApi
 
-        hub = HfApi()
-        repo = hub.create_repo(repo_id, exist_ok=True)
+        named = base_model or self.config.base_model
+        here = Path(named).is_absolute() or named.startswith(".") or Path(named).is_dir()
+        if here and named not in names():
+            if self._needs_base():
+                raise ValueError(
+                    f"the guide needs its base model, which is {named!r} on this machine alone; "
+                    "allowed with base_model=, a hub id that others load it from"
+                )
+            named = Path(named).name  # says what it was made from, not how this machine is ordered
+        hub = HfApi(token=token)
+        repo = hub.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, dtype=dtype, base_model=base_model)
+            self.save_pretrained(folder, dtype=dtype, base_model=named)
             hub.upload_folder(repo_id=repo.repo_id, folder_path=folder)
         return str(repo)
+
+    def _needs_base(self) -> bool:
+        from peft import PeftModel
+
+        return self.config.frozen or isinstance(self.backbone, PeftModel)
 
 
 def _local_folder(path: str | Path) -> Path:

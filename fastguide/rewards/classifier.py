@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fastguide.models.loading import (
     context_length,
+    load_config,
     load_tokenizer,
     load_weights,
     resolve_device,
@@ -42,6 +43,7 @@ class ClassifierReward:
         dtype: of the weights; None keeps the checkpoint's.
         trust_remote_code: run code shipped with the checkpoint.
         allow_pickle: also load weights that are not safetensors.
+        weights: False leaves them out, for whoever needs its ``name`` alone; it cannot judge then.
 
     Raises:
         ValueError: weights that are missing or incomplete, no tokenizer, unknown ``on`` or label.
@@ -60,30 +62,35 @@ class ClassifierReward:
         dtype: str | torch.dtype | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
+        weights: bool = True,
     ) -> None:
         if on not in ON:
             raise ValueError(f"on is {on!r}; allowed are {', '.join(ON)}")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; allowed are whole numbers from 1")
         self.on, self.batch_size = on, batch_size
-        model: Any = load_weights(
-            AutoModelForSequenceClassification,
-            path,
-            dtype=resolve_dtype(dtype),
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
-        self.model = model.to(resolve_device(device)).eval().requires_grad_(False)
-        self._label = _label(self.model.config, label, str(path))
+        if weights:
+            model: Any = load_weights(
+                AutoModelForSequenceClassification,
+                path,
+                dtype=resolve_dtype(dtype),
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+            )
+            self.model = model.to(resolve_device(device)).eval().requires_grad_(False)
+            config = self.model.config
+        else:
+            config = load_config(path, trust_remote_code=trust_remote_code)
+        self._label = _label(config, label, str(path))
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._tokenizer.truncation_side = "left"
         if on == "chat" and self._tokenizer.chat_template is None:
             raise ValueError(f"on is 'chat', but the tokenizer of {str(path)!r} has no template")
-        self._longest = _longest(self.model.config, self._tokenizer.model_max_length)
+        self._longest = _longest(config, self._tokenizer.model_max_length)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         # A decoder's classifier finds the last token by its id, whatever the tokenizer pads with.
-        self.model.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
+        config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
         chosen = "" if self._label is None else f"&label={self._label}"
         self.name = f"classifier:{path}?on={on}{chosen}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from fastguide.rewards.base import Reward, WeightedSum
@@ -43,6 +44,7 @@ def load_reward(
     *,
     device: str | None = None,
     trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Reward:
     """The reward that a text describes, such as ``brevity`` or ``classifier:path?on=response``.
 
@@ -52,29 +54,36 @@ def load_reward(
         spec: one of ``KINDS``, or several.
         device: where classifiers run; None picks CUDA where there is one.
         trust_remote_code: run code shipped with classifiers.
+        weights: of classifiers; without them a reward has its name, but cannot judge.
 
     Raises:
         ValueError: naming the text, and what is allowed.
     """
     specs = [spec] if isinstance(spec, str) else list(spec)
-    parts = [_weighted(text, device, trust_remote_code) for text in specs]
+
+    def classifier(text: str) -> Reward:
+        return _classifier(
+            text, device=device, trust_remote_code=trust_remote_code, weights=weights
+        )
+
+    parts = [_weighted(text, classifier) for text in specs]
     if len(parts) == 1 and parts[0][0] == 1.0:
         return parts[0][1]
     return WeightedSum(tuple(parts))
 
 
-def _weighted(text: str, device: str | None, trust: bool) -> tuple[float, Reward]:
+def _weighted(text: str, classifier: Callable[[str], Reward]) -> tuple[float, Reward]:
     found = _WEIGHTED.fullmatch(text)
     weight, rest = (float(found[1]), found[2]) if found else (1.0, text)
-    return weight, _single(rest, device, trust)
+    return weight, _single(rest, classifier)
 
 
-def _single(text: str, device: str | None, trust: bool) -> Reward:
+def _single(text: str, classifier: Callable[[str], Reward]) -> Reward:
     if text in REWARDS:
         return REWARDS[text]
     kind, colon, rest = text.partition(":")
     kinds: dict[str, Callable[[str], Reward]] = {
-        "classifier": lambda rest: _classifier(rest, device, trust),
+        "classifier": classifier,
         "regex": PatternReward,
         "checker": CheckerReward,
     }
@@ -85,15 +94,15 @@ def _single(text: str, device: str | None, trust: bool) -> Reward:
     raise ValueError(f"reward is {text!r}; allowed are {', '.join(KINDS)}")
 
 
-def _classifier(text: str, device: str | None, trust: bool) -> Reward:
+def _classifier(text: str, **how: Any) -> Reward:
     from fastguide.rewards.classifier import ClassifierReward
 
     path, mark, query = text.rpartition("?")
     if not mark or Path(text).exists():
         path, query = text, ""
-    options = dict(parse_qsl(query))
+    options: dict[str, Any] = dict(parse_qsl(query))
     if unknown := sorted(set(options) - {"on", "label"}):
         raise ValueError(
             f"the classifier {text!r} has the option {unknown[0]!r}; allowed are on, label"
         )
-    return ClassifierReward(path, device=device, trust_remote_code=trust, **options)  # type: ignore[arg-type]
+    return ClassifierReward(path, **how, **options)

@@ -10,14 +10,13 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import EvalPrediction
 
 from fastguide.train.episodes import Episode, EpisodeBatch
-from fastguide.train.prefix import PrefixConfig, PrefixTrainer
+from fastguide.train.prefix import PrefixTrainer
+from fastguide.train.settings import PrefixConfig
 
 
 @dataclasses.dataclass
@@ -58,9 +57,9 @@ def default_border(episodes: Sequence[Episode]) -> float:
 class FudgeTrainer(PrefixTrainer):
     """Trains a ``ValueModel`` as a classifier; episodes' rewards are 0 or 1 (``attributes``).
 
-    Validation gives ``eval_loss``, the cross-entropy in nats, and ``eval_accuracy``, both over all
-    prefixes; ``eval_last_accuracy``, of whole responses; and ``eval_majority``, the accuracy of
-    whoever always gives the more frequent answer.
+    Validation gives ``eval_loss``, the cross-entropy in nats, and ``eval_accuracy``, both the mean
+    over all prefixes; ``eval_last_accuracy``, of whole responses; and ``eval_majority``, the
+    accuracy of whoever always gives the more frequent answer.
     """
 
     def losses(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
@@ -71,20 +70,19 @@ class FudgeTrainer(PrefixTrainer):
         )
 
     def statistics(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
-        """Right answers, the last one, how many prefixes, and of those with the attribute."""
+        """Right answers, the last one, and the prefixes that have the attribute."""
         label = batch.rewards.sum(1, keepdim=True) > 0.5
         right = ((values > 0) == label) & batch.states
         last = batch.states.sum(dim=1) + batch.states.int().argmax(dim=1) - 1
         having = (label & batch.states).sum(1)
-        at_last = right.gather(1, last[:, None])[:, 0]
-        columns = (right.sum(1), at_last, batch.states.sum(1), having)
+        columns = (right.sum(1), right.gather(1, last[:, None])[:, 0], having)
         return torch.stack([column.double() for column in columns], dim=1)
 
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def metrics(self, sums: Sequence[float], states: int, episodes: int) -> dict[str, float]:
         """From the sums over all episodes."""
-        right, last, prefixes, having = np.asarray(prediction.predictions).sum(axis=0)
+        right, last, having = sums
         return {
-            "accuracy": float(right / prefixes),
-            "last_accuracy": float(last / len(prediction.predictions)),
-            "majority": float(max(having, prefixes - having) / prefixes),
+            "accuracy": float(right / states),
+            "last_accuracy": float(last / episodes),
+            "majority": float(max(having, states - having) / states),
         }

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +15,23 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, TrainerCallback
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 
 from fastguide import assets
+from fastguide.files import replacing
 from fastguide.models.guide_config import CONFIG_FILE, GuideConfig
 from fastguide.models.loading import find_tokenizer
 from fastguide.models.value import ValueModel
+from fastguide.train.checkpoints import EarlyStopping, train_from
 from fastguide.train.collect import ROLLOUTS, check_tokenizer
 from fastguide.train.episodes import Episode, mean_return
 from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes, default_border
 from fastguide.train.labels import load_episodes
-from fastguide.train.prefix import PrefixConfig, PrefixTrainer
+from fastguide.train.prefix import PrefixTrainer
+from fastguide.train.settings import PrefixConfig, measures
 from fastguide.train.shards import Shards
-from fastguide.train.validation import validate
+from fastguide.train.validation import labels as validation_labels, validate
 from fastguide.train.value import ValueConfig, ValueTrainer
 
 RESULTS_FILE = "sweep.json"
@@ -44,7 +47,8 @@ class Kind:
     guide: str
     """``GuideConfig.kind``."""
     criterion: str
-    """The validation metric that a sweep minimises, where there is no ``MONTE_CARLO``."""
+    """The error against single responses: early stopping goes by it, and a sweep where there is no
+    ``MONTE_CARLO``."""
 
 
 KINDS = {
@@ -80,7 +84,7 @@ def train_guide(
     held_out: float = 0.05,
     above: float | None = None,
     validation: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    save_dtype: torch.dtype | None = None,
     base_model: str | None = None,
     on_start: Callable[[int, int], None] | None = None,
     callbacks: Sequence[Any] = (),
@@ -97,27 +101,29 @@ def train_guide(
         held_out: share of the prompts for validation.
         above: for ``fudge``: a raw reward above this is the attribute; None is ``default_border``.
         validation: a set of ``make_validation``, to measure a value model against as well.
-        dtype: of the saved weights; None saves them as they are.
+        save_dtype: of the saved weights; None saves them as they are.
         base_model: what the guide says its base is; None is where it was loaded from.
-        on_start: told how many episodes there are to train on, and to validate.
+        on_start: told how many episodes there are to train on, and to validate; in the main
+            process alone.
         callbacks: of transformers' ``Trainer``.
-        model: options of ``ValueModel.create``.
+        model: options of ``ValueModel.create``, such as ``lora_rank`` and ``dtype``.
 
     Returns:
         The validation metrics, named as in the trainer (``eval_…``), and with ``validation`` the
-        error against it as ``eval_mc_mse`` and ``eval_mc_explained_variance``.
+        error against it as ``eval_mc_mse`` and ``eval_mc_explained_variance``; the same in every
+        process.
 
     Raises:
-        ValueError: the data are missing or unfinished, do not vary, or a setting is not allowed.
+        ValueError: the data are missing or unfinished, do not vary, a setting is not allowed, or
+            the validation set is not for such a guide.
     """
     how = KINDS[kind]
     if not 0.0 <= held_out < 1.0:
         raise ValueError(f"held_out is {held_out}; allowed are numbers from 0 to below 1")
     shards = Shards(data)
-    if (tokenizer := find_tokenizer(base)) is not None:
+    trust = bool(model.get("trust_remote_code", False))
+    if (tokenizer := find_tokenizer(base, trust_remote_code=trust)) is not None:
         check_tokenizer(shards, str(base), tokenizer)
-    if validation is not None:
-        Shards(validation)  # said before anything is trained
     episodes, scale = load_episodes(data, labels)
     if kind == "fudge":
         border = default_border(episodes) if above is None else scale.standardise([above])[0]
@@ -129,6 +135,11 @@ def train_guide(
             raise ValueError(f"{error} ({seen})") from error
         above = scale.mean + scale.std * border if above is None else above
     train, valid = split(episodes, held_out)
+    if not valid and config.eval_strategy != "no":
+        raise ValueError(
+            f"held_out is {held_out}, which leaves none of the prompts to validate on; stopping "
+            "early (--patience) and eval_strategy need some"
+        )
     torch.manual_seed(config.seed)
     facts: dict[str, Any] = {
         "policy": shards.about["policy"],
@@ -144,33 +155,44 @@ def train_guide(
         facts["above"] = above
     targets = {name: getattr(config, name) for name in ("gamma", "lam") if hasattr(config, name)}
     guide = GuideConfig(assets.absolute(base), scale, kind=how.guide, training=facts, **targets)
+    if validation is not None:
+        validation_labels(validation, guide)  # what does not fit is said before the training
     value = ValueModel.create(base, config=guide, **model)
     if scale.per_token:  # other rewards are 0 in the mean, where a head begins
         value.head.begin_at(mean_return(train, guide.gamma))
     trainer = how.trainer(value, config, train, valid, callbacks=list(callbacks))
-    if on_start is not None:
+    if on_start is not None and trainer.is_world_process_zero():
         on_start(len(train), len(valid))
-    trainer.train(resume_from_checkpoint=trainer.last_checkpoint())
+    train_from(trainer, trainer.last_checkpoint())
     metrics = trainer.evaluate() if valid else {}
     if validation is not None:
-        with trainer.averaged():
-            measured = validate(value.eval(), validation)
-        metrics["eval_mc_mse"] = measured.mse.mean
-        metrics["eval_mc_explained_variance"] = measured.explained_variance.mean
-    kept = {key.removeprefix("eval_"): round(x, 6) for key, x in metrics.items() if _kept(key)}
-    training = value.config.training | {"validation": kept}
+        metrics |= _against(validation, value, trainer)
+    training = value.config.training | {"validation": measures(metrics)}
     value.config = dataclasses.replace(value.config, training=training)
     if trainer.is_world_process_zero():
         with trainer.averaged():
-            value.save_pretrained(config.output_dir or ".", dtype=dtype, base_model=base_model)
+            value.save_pretrained(config.output_dir or ".", dtype=save_dtype, base_model=base_model)
     trainer.accelerator.wait_for_everyone()
     return metrics
+
+
+def _against(validation: str | Path, model: ValueModel, trainer: PrefixTrainer) -> dict[str, float]:
+    """The Monte-Carlo error, which one process measures and all are told."""
+    told: list[Any] = [None]
+    if trainer.is_world_process_zero():
+        with trainer.averaged():
+            found = validate(model.eval(), validation)
+        explained = found.explained_variance.mean
+        told = [{MONTE_CARLO: found.mse.mean, "eval_mc_explained_variance": explained}]
+    measured: dict[str, float] = broadcast_object_list(told)[0]
+    return measured
 
 
 def early_stopping(kind: str, patience: int) -> tuple[dict[str, Any], list[TrainerCallback]]:
     """Settings of a configuration and callbacks: stop after ``patience`` epochs without a gain.
 
-    What is kept are the weights of the best epoch, by the error that a sweep would choose by.
+    What is kept are the weights of the best epoch, by the error against single responses to
+    held-out prompts, ``Kind.criterion``; a validation set is for whole runs, and sweeps of them.
     """
     if patience < 1:
         raise ValueError(f"patience is {patience}; allowed are whole numbers from 1")
@@ -181,12 +203,7 @@ def early_stopping(kind: str, patience: int) -> tuple[dict[str, Any], list[Train
         "metric_for_best_model": KINDS[kind].criterion,
         "greater_is_better": False,
     }
-    return settings, [EarlyStoppingCallback(patience)]
-
-
-def _kept(key: str) -> bool:
-    timing = ("runtime", "per_second", "preparation_time", "epoch")
-    return key.startswith("eval_") and not key.endswith(timing)
+    return settings, [EarlyStopping(patience)]
 
 
 def sweep(
@@ -234,7 +251,8 @@ def sweep(
             found["about"] = about
             known.append(found)
             if processes.is_main_process:
-                _replace(record, json.dumps(known, indent=1) + "\n")
+                with replacing(record) as part:
+                    part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         results.append(found)
     known_by = MONTE_CARLO if MONTE_CARLO in results[0]["metrics"] else KINDS[kind].criterion
     finite = [result for result in results if math.isfinite(result["metrics"][known_by])]
@@ -249,9 +267,3 @@ def sweep(
     processes.wait_for_everyone()
     assert (target / CONFIG_FILE).is_file()
     return best["settings"], best["metrics"]
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)

@@ -2,21 +2,60 @@
 
 A reward model learns ``-log sigmoid(r(chosen) - r(rejected))`` (Bradley-Terry). Its folder is a
 sequence classifier with one label: ``RewardGuide`` decodes with it (ARGS), ``classifier:PATH``
-judges with it.
+judges with it. The folder and each checkpoint hold a record of what they were trained on, and a
+checkpoint of something else is not continued.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import TrainerControl, TrainerState
 
-from fastguide.assets import resolve
+from fastguide.assets import absolute, resolve
+from fastguide.files import replacing
 from fastguide.models.loading import load_tokenizer, one_line
-from fastguide.train.prefix import check_reports, last_checkpoint
+from fastguide.train.checkpoints import check_same, last_checkpoint, train_from
+from fastguide.train.settings import (
+    HYPERPARAMETERS,
+    check_reports,
+    check_whole,
+    measures,
+    settings_of,
+)
+
+RECORD_FILE = "training.json"
+"""What a model was trained on, beside it and in each of its checkpoints."""
+
+RECORDED = (
+    *HYPERPARAMETERS,
+    "max_length",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "center_rewards_coefficient",
+    "disable_dropout",
+    "loss_type",
+    "packing",
+    "packing_strategy",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "dataset_text_field",
+    "eos_token",
+    "pad_token",
+    "chat_template_path",
+)
+"""Settings of TRL's configurations that decide the outcome, where they have them."""
 
 COLUMNS: dict[str, list[tuple[str, ...]]] = {
     "reward": [("chosen", "rejected")],
@@ -76,7 +115,7 @@ def train_reward(
     attn_implementation: str | None = None,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, float]:
-    """Train a reward model on pairs, into ``config.output_dir``.
+    """Train a reward model on pairs, into ``config.output_dir``; a killed run continues.
 
     Args:
         rows: see ``read_rows``.
@@ -89,10 +128,15 @@ def train_reward(
 
     Returns:
         Validation metrics, named as TRL does (``eval_accuracy`` and so on).
+
+    Raises:
+        ValueError: the folder has a checkpoint of other rows, another base or other settings, or
+            a setting cannot be used.
     """
     from transformers import AutoModelForSequenceClassification
 
-    check_reports(config)
+    record = _record("reward", rows, base, config, lora_rank=lora_rank, held_out=held_out)
+    checkpoint = _begun(config, record)
     tokenizer, where = load_tokenizer(base), resolve(base)
     _pad(tokenizer)
     with warnings.catch_warnings():  # the head is new: that is the point
@@ -109,11 +153,11 @@ def train_reward(
         model=model,
         args=config,
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, _Recording(record)],
         peft_config=_lora(lora_rank, "SEQ_CLS", modules_to_save=["score"]),
         **_split(_tokens(rows, tokenizer, config.max_length), held_out, config.seed),
     )
-    return _finish(trainer, tokenizer)
+    return _finish(trainer, tokenizer, record, checkpoint)
 
 
 def train_sft(
@@ -132,7 +176,8 @@ def train_sft(
     """
     from transformers import AutoModelForCausalLM
 
-    check_reports(config)
+    record = _record("sft", rows, base, config, lora_rank=lora_rank, held_out=held_out)
+    checkpoint = _begun(config, record)
     tokenizer, where = load_tokenizer(base), resolve(base)
     _pad(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(
@@ -142,11 +187,62 @@ def train_sft(
         model=model,
         args=config,
         processing_class=tokenizer,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, _Recording(record)],
         peft_config=_lora(lora_rank, "CAUSAL_LM"),
         **_split(rows, held_out, config.seed),
     )
-    return _finish(trainer, tokenizer)
+    return _finish(trainer, tokenizer, record, checkpoint)
+
+
+def _record(
+    kind: str, rows: Any, base: str | Path, config: Any, *, lora_rank: int | None, held_out: float
+) -> dict[str, Any]:
+    """What decides the outcome of a training."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return {
+        "kind": kind,
+        "base_model": absolute(base),
+        "rows": len(rows),
+        "sha256": digest.hexdigest(),
+        "held_out": held_out,
+        "lora_rank": lora_rank,
+        "hyperparameters": settings_of(config, RECORDED),
+    }
+
+
+def _begun(config: Any, record: dict[str, Any]) -> str | None:
+    """The checkpoint to continue from, if there is one; before anything is loaded.
+
+    Raises:
+        ValueError: it is of another training, or a setting cannot be used.
+    """
+    check_reports(config)
+    check_whole(config)
+    found = last_checkpoint(Path(config.output_dir), RECORD_FILE)
+    if found is not None:
+        theirs = json.loads((Path(found) / RECORD_FILE).read_text(encoding="utf-8"))
+        check_same(found, theirs, record)
+    return found
+
+
+class _Recording(TrainerCallback):
+    """Writes the record into each checkpoint once that is whole."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self._record = record
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            _write(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self._record)
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    with replacing(folder / RECORD_FILE) as part:
+        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _no_card(*_: Any, **__: Any) -> None:
@@ -197,15 +293,22 @@ def _split(rows: Any, held_out: float, seed: int) -> dict[str, Any]:
     return {"train_dataset": parts["train"], "eval_dataset": parts["test"]}
 
 
-def _finish(trainer: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+def _finish(
+    trainer: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    checkpoint: str | None,
+) -> dict[str, float]:
     folder = Path(trainer.args.output_dir)
     trainer.create_model_card = _no_card  # TRL's names neither the base nor the data here
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    train_from(trainer, checkpoint)
     metrics: dict[str, float] = trainer.evaluate() if trainer.eval_dataset is not None else {}
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model)
         if not isinstance(model, PreTrainedModel):  # a LoRA: guides read whole classifiers
             model = model.merge_and_unload()
+        (folder / RECORD_FILE).unlink(missing_ok=True)  # while the model is another, none is right
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _write(folder, record | {"validation": measures(metrics)})
     return metrics

@@ -10,102 +10,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from fastguide.models.guide_config import GuideConfig
 from fastguide.models.value import ValueModel
+from fastguide.train.checkpoints import check_same, last_checkpoint
 from fastguide.train.episodes import Episode, EpisodeBatch, bucketed, collate
+from fastguide.train.settings import HYPERPARAMETERS, PrefixConfig, settings_of
 
 AVERAGE_FILE = "average.safetensors"
-STATE_FILE = "trainer_state.json"
-
-
-NUMBERS = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "ema",
-    "length_pool",
-)
-"""Settings that are checked before transformers sees them."""
-
-
-@dataclasses.dataclass
-class PrefixConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` with other defaults, and two fields more.
-
-    Attributes:
-        ema: decay of an exponential moving average of the weights, in (0, 1), which is what is
-            validated and saved; None keeps the last weights.
-        length_pool: batches that are sorted by length together, so that rows of a batch are alike.
-    """
-
-    learning_rate: float = 1e-3
-    num_train_epochs: float = 3.0
-    per_device_train_batch_size: int = 32
-    per_device_eval_batch_size: int = 64
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.05
-    logging_steps: float = 10
-    report_to: str | list[str] | None = "none"
-    save_total_limit: int | None = 2
-    remove_unused_columns: bool = False
-    ema: float | None = None
-    length_pool: int = 32
-
-    def __post_init__(self) -> None:
-        for name in NUMBERS:
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Real):
-                raise ValueError(f"{name} is {value!r}; allowed are numbers")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"num_train_epochs is {self.num_train_epochs}; allowed is more than 0")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; allowed are whole numbers from 1"
-                )
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; allowed is 0 or more")
-        if self.ema is not None and not 0.0 < self.ema < 1.0:
-            raise ValueError(f"ema must be None or lie in (0, 1), got {self.ema}")
-        if self.length_pool < 1:
-            raise ValueError(f"length_pool must be at least 1, got {self.length_pool}")
-        super().__post_init__()
-        check_reports(self)
-        if not torch.cuda.is_available():  # else every run begins with a warning
-            self.dataloader_pin_memory = False
-
-
-def check_reports(config: TrainingArguments) -> None:
-    """Refuse, by an ImportError, a logger that is not installed."""
-    wanted = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
-    missing = sorted({*wanted} - {*get_available_reporting_integrations(), "none", "all"})
-    if missing:
-        raise ImportError(
-            f"report_to is {missing[0]!r}, which is not installed: pip install {missing[0]}"
-        )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of an output folder that was written to its end."""
-    whole = [file.parent for file in folder.glob(f"checkpoint-*/{STATE_FILE}")]
-    newest = max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
 
 
 class Episodes(Dataset):
@@ -153,6 +75,10 @@ class _Trained(nn.Module):
         values: Tensor = self.model(input_ids)
         return values
 
+    # transformers calls it by the first name, and up to 5.17 by the second, as its models are.
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.model.backbone.activation_checkpointing_enable(**options)  # type: ignore[operator]
+
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.model.backbone.gradient_checkpointing_enable(**options)  # type: ignore[operator]
 
@@ -189,6 +115,10 @@ class PrefixTrainer(Trainer):
         }
         if not self._weights:
             raise ValueError("the model has no weights that require a gradient")
+        if args.ddp_find_unused_parameters is None:
+            # A decoder of text uses all its weights in every step; looking for others takes time.
+            config: Any = model.backbone.config
+            args.ddp_find_unused_parameters = config.get_text_config() is not config
         super().__init__(
             model=_Trained(model),
             args=args,
@@ -196,17 +126,19 @@ class PrefixTrainer(Trainer):
             train_dataset=Episodes(train_dataset),
             # Like lengths together; their order changes no metric.
             eval_dataset=Episodes(sorted(eval_dataset, key=len)) if eval_dataset else None,
-            compute_metrics=self.metrics,
+            compute_metrics=self._metrics,
             callbacks=[*(callbacks or [])],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # so that ``compute_loss`` is told the count
         self.value_model = model
-        facts = model.config.training | _facts(args, self._weights)
+        trained = sum(weight.numel() for weight in self._weights.values())
+        facts = model.config.training | _facts(args, model, trained)
         model.config = dataclasses.replace(model.config, training=facts)
         self._average: dict[str, Tensor] | None = None
         if args.ema is not None:
-            self._average = {n: p.detach().clone() for n, p in self._weights.items()}
+            # In fp32: what it moves by would be rounded away in less.
+            self._average = {n: p.detach().float().clone() for n, p in self._weights.items()}
             self.add_callback(_Averaging(self._average, self._weights, args.ema))
 
     # ------------------------------------------------------------------ what a subclass says
@@ -219,8 +151,8 @@ class PrefixTrainer(Trainer):
         """``[B, S]`` numbers of each episode, whose sums over all episodes ``metrics`` gets."""
         raise NotImplementedError
 
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Validation metrics from the statistics ``[episodes, S]``."""
+    def metrics(self, sums: Sequence[float], states: int, episodes: int) -> dict[str, float]:
+        """Validation metrics from the ``[S]`` sums over so many states of so many episodes."""
         raise NotImplementedError
 
     # -------------------------------------------------------------------- what Trainer calls
@@ -252,11 +184,20 @@ class PrefixTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, statistics and, because ``Trainer`` wants some, labels."""
-        inputs = self._prepare_inputs(inputs)
+        batch = EpisodeBatch(**self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, values = self.compute_loss(model, inputs, return_outputs=True)
-            found = self.statistics(values, EpisodeBatch(**inputs))
-        return loss.detach(), found, found[:, 0]
+            values = model(batch.input_ids).float()
+            losses = self.losses(values, batch)
+            at_states = torch.zeros_like(values).masked_scatter(batch.states, losses)
+            counted = torch.stack([at_states.double().sum(1), batch.states.double().sum(1)], dim=1)
+            found = torch.cat([counted, self.statistics(values, batch)], dim=1)
+        return losses.mean(), found, found[:, 0]
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """``loss`` over all states, in the place of a mean of batches' means, and the others."""
+        rows = np.asarray(prediction.predictions)
+        loss, states, *sums = rows.sum(axis=0)
+        return {"loss": float(loss / states), **self.metrics(sums, int(states), len(rows))}
 
     def _get_train_sampler(self, *_: Any) -> Sampler[int]:
         assert isinstance(self.train_dataset, Episodes)
@@ -298,13 +239,7 @@ class PrefixTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        theirs, ours = _flat(GuideConfig.load(folder)), _flat(self.value_model.config)
-        for name in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(name) != ours.get(name) and name not in LENGTH:
-                raise ValueError(
-                    f"the checkpoint {folder} has {name} {theirs.get(name)!r}, this run has "
-                    f"{ours.get(name)!r}; choose another folder or delete it"
-                )
+        check_same(folder, _run(GuideConfig.load(folder)), _run(self.value_model.config))
         self.value_model.load_folder(folder)
         if self._average is not None:
             device = next(iter(self._weights.values())).device
@@ -312,52 +247,32 @@ class PrefixTrainer(Trainer):
                 self._average[name].copy_(tensor.to(device))
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        best = Path(str(self.state.best_model_checkpoint)).name
+        self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / best))
 
     def last_checkpoint(self) -> str | None:
         """See ``last_checkpoint``."""
         return last_checkpoint(Path(str(self.args.output_dir)))
 
 
-HYPERPARAMETERS = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "lr_scheduler_type",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "ema",
-    "length_pool",
-    "bf16",
-    "fp16",
-    "seed",
-)
-"""What a guide's config says of its training."""
-
-LENGTH = ("num_train_epochs", "max_steps")
-"""Those that may change when a run is continued: it may go on for longer."""
+def _facts(args: PrefixConfig, model: ValueModel, trained: int) -> dict[str, Any]:
+    """What a guide's config says of its training."""
+    backbone: Any = model.backbone
+    facts: dict[str, Any] = {
+        "hyperparameters": settings_of(args, HYPERPARAMETERS),
+        "trained_parameters": trained,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+    }
+    if (adapters := getattr(backbone, "peft_config", None)) is not None:
+        lora = adapters["default"]
+        facts["lora"] = {"rank": lora.r, "alpha": lora.lora_alpha}
+    return facts
 
 
-def _facts(args: PrefixConfig, weights: dict[str, Tensor]) -> dict[str, Any]:
-    found = {name: getattr(args, name) for name in HYPERPARAMETERS}
-    plain = {name: str(getattr(v, "value", v)) for name, v in found.items() if hasattr(v, "value")}
-    trained = sum(weight.numel() for weight in weights.values())
-    return {"hyperparameters": found | plain, "trained_parameters": trained}
-
-
-def _flat(config: GuideConfig) -> dict[str, Any]:
+def _run(config: GuideConfig) -> dict[str, Any]:
     """What decides how a run goes on."""
-    training = dict(config.training)
-    hyperparameters = training.pop("hyperparameters", {})
-    names = ("base_model", "reward", "gamma", "lam", "kind")
-    return {name: getattr(config, name) for name in names} | training | hyperparameters
+    names = ("base_model", "reward", "gamma", "lam", "kind", "head")
+    return {name: getattr(config, name) for name in names} | config.training
 
 
 class _Averaging(TrainerCallback):
@@ -372,7 +287,7 @@ class _Averaging(TrainerCallback):
         decay = min(self._decay, (1 + state.global_step) / (10 + state.global_step))
         with torch.no_grad():
             for name, weight in self._weights.items():
-                self._average[name].lerp_(weight.detach(), 1 - decay)
+                self._average[name].lerp_(weight.detach().float(), 1 - decay)
 
 
 def _collate(episodes: Sequence[Episode]) -> dict[str, Tensor]:

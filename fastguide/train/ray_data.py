@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguide.engine import Engine
+from fastguide.engine.text import decoder
 from fastguide.rewards import load_reward
 from fastguide.train.collect import (
     ROLLOUTS,
@@ -121,7 +122,7 @@ def label_with_ray(
     ray = ray_data()
     device = None if gpus else "cpu"
     spec = reward if isinstance(reward, str) else list(reward)
-    known = load_reward(spec, device="cpu", trust_remote_code=trust_remote_code)
+    known = load_reward(spec, trust_remote_code=trust_remote_code, weights=False)
     shards = label_series(folder, known, name, max_tokens)
     of = shards.series[name]["of"]
     missing = [n for n in range(of) if not shards.has(name, n)]
@@ -176,16 +177,12 @@ class _Judge:
 
         self._max_tokens = max_tokens
         self._reward = load_reward(spec, device=device, trust_remote_code=trust_remote_code)
-        self._tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        self._decode = decoder(load_tokenizer(model, trust_remote_code=trust_remote_code))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         (number,), (packed,) = batch["number"], batch["rollouts"]
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
         rollouts = rollouts_of(_table(packed))
-        table, failed = judged(rollouts, self._reward, decode, self._max_tokens)
+        table, failed = judged(rollouts, self._reward, self._decode, self._max_tokens)
         reasons = "\n".join(" ".join(reason.split()) for reason in failed[:REASONS])
         facts: dict[str, list[Any]] = {"failed": [len(failed)], "reasons": [reasons]}
         return {"number": [int(number)], "table": [_ipc(table)], **facts}

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastguide.files import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -120,9 +121,8 @@ class Shards:
     def write(self, name: str, number: int, table: pa.Table, **facts: Any) -> None:
         """Add a shard; ``facts`` are kept beside its rows and digest."""
         file = self._file(name, number)
-        part = file.with_name(file.name + ".part")
-        parquet().write_table(table, part)
-        _rename(part, file)
+        with replacing(file) as part:
+            parquet().write_table(table, part)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         entry = {"rows": table.num_rows, "sha256": digest, **facts}
         with self._changing():
@@ -188,10 +188,9 @@ class Shards:
             if file.is_file():
                 self._manifest = json.loads(file.read_text(encoding="utf-8"))
             yield
-            part = file.with_name(file.name + ".part")
-            text = json.dumps(self._manifest, indent=1, sort_keys=True)
-            part.write_text(text, encoding="utf-8")
-            _rename(part, file)
+            with replacing(file) as part:
+                text = json.dumps(self._manifest, indent=1, sort_keys=True)
+                part.write_text(text, encoding="utf-8")
 
 
 class Draft:
@@ -247,9 +246,3 @@ def _locked(file: Path) -> Iterator[None]:
     with file.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the file, even if this process is killed
         yield
-
-
-def _rename(part: Path, file: Path) -> None:
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(part, file)

@@ -48,7 +48,8 @@ class Validation:
     Attributes:
         mse: mean squared error against the labels.
         explained_variance: 1 - mse / variance of the labels.
-        noise: what of the error is the labels' own: the variance of a prefix's rewards / m.
+        noise: what of the error is the labels' own: the variance of a prefix's rewards / m. A
+            prefix with one reward counts with the variance of the others; NaN if all have one.
         correlation: of values and labels.
         prefixes: how many.
     """
@@ -80,7 +81,7 @@ def make_validation(
 
     Args:
         engine: its base model is the policy.
-        rollouts: held-out responses; those of a single token or none are left out.
+        rollouts: held-out responses; those that cannot be cut (``has_halves``) are left out.
         folder: made if needed.
         reward: judges whole responses, the half that was there included.
         decode: token ids to text without special tokens.
@@ -95,7 +96,7 @@ def make_validation(
     Raises:
         ValueError: no response is long enough, or the folder is of other halves.
     """
-    chosen = [r for r in rollouts if len(r.response_ids) > 1]
+    chosen = [r for r in rollouts if has_halves(r)]
     if not chosen:
         raise ValueError("no response has two tokens, so none can be cut in half")
     halves = [len(r.response_ids[:max_tokens]) // 2 for r in chosen]
@@ -120,6 +121,16 @@ def make_validation(
     if not shards.has(LABELS, 0):
         shards.write(LABELS, 0, _judged(shards, chosen, halves, reward, decode))
     return shards
+
+
+def has_halves(rollout: Rollout) -> bool:
+    """Whether a response can be cut in half."""
+    return len(rollout.response_ids) > 1
+
+
+def measurable(shards: Shards) -> int:
+    """How many prefixes of a validation set have a reward."""
+    return sum(bool(row["rewards"]) for row in shards.rows(LABELS))
 
 
 def _judged(
@@ -165,7 +176,8 @@ def labels(folder: str | Path, config: GuideConfig) -> tuple[list[list[int]], li
 
     Raises:
         ValueError: the folder is no validation set or unfinished; the guide is no value model, or
-            is of another reward, policy or length of responses, or has trained on its prompts.
+            is of another reward, policy or length of responses, or has trained on its prompts; or
+            fewer than two prefixes have rewards.
     """
     shards = Shards(folder)
     rows = list(shards.rows(LABELS))
@@ -197,6 +209,8 @@ def labels(folder: str | Path, config: GuideConfig) -> tuple[list[list[int]], li
             else:
                 ends = scale.standardise(row["rewards"])
                 values.append([gamma**n * end for n, end in zip(row["tokens"], ends, strict=True)])
+    if len(prefixes) < 2:
+        raise ValueError(f"the validation set {folder} has {len(prefixes)} prefixes; 2 are needed")
     return prefixes, values
 
 
@@ -210,12 +224,10 @@ def validate(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> 
     """Measure a value model against a validation set.
 
     Raises:
-        ValueError: as ``labels``; or fewer than two prefixes.
+        ValueError: as ``labels``.
     """
     scale = model.config.reward
     prefixes, rewards = labels(folder, model.config)
-    if len(prefixes) < 2:
-        raise ValueError(f"the validation set {folder} has {len(prefixes)} prefixes; 2 are needed")
     device = next(model.head.parameters()).device
     values = []
     for start in range(0, len(prefixes), batch_size):
@@ -230,8 +242,10 @@ def validate(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> 
     if scale.per_token:  # a value's shift is that of all prefixes
         shift = statistics.fmean(means) - statistics.fmean(values)
         values = [value + shift for value in values]
+    spreads = [statistics.variance(row) for row in rewards if len(row) > 1]
+    usual = statistics.fmean(spreads) if spreads else math.nan
     noise = statistics.fmean(
-        statistics.variance(row) / len(row) if len(row) > 1 else math.nan for row in rewards
+        statistics.variance(row) / len(row) if len(row) > 1 else usual for row in rewards
     )
     pairs = list(zip(values, means, strict=True))
     return Validation(

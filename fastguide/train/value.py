@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import EvalPrediction
 
 from fastguide.kernels import td_lambda
 from fastguide.train.episodes import EpisodeBatch
-from fastguide.train.prefix import PrefixConfig, PrefixTrainer
+from fastguide.train.prefix import PrefixTrainer
+from fastguide.train.settings import PrefixConfig
 
 
 @dataclasses.dataclass
@@ -29,10 +29,10 @@ class ValueConfig(PrefixConfig):
     lam: float = 0.95
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("gamma", "lam"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        super().__post_init__()
 
 
 def value_losses(values: Tensor, batch: EpisodeBatch, gamma: float, lam: float) -> Tensor:
@@ -70,21 +70,17 @@ class ValueTrainer(PrefixTrainer):
         return value_losses(values, batch, self.args.gamma, self.args.lam)
 
     def statistics(self, values: Tensor, batch: EpisodeBatch) -> Tensor:
-        """Squared errors, the last one, returns, their squares, and how many states."""
+        """Squared errors, the last one, returns, and their squares."""
         returns = td_lambda(values, batch.rewards, batch.states, self.args.gamma, 1.0)
         error = ((values - returns) ** 2).masked_fill(~batch.states, 0.0)
         last = batch.states.sum(dim=1) + batch.states.int().argmax(dim=1) - 1
-        sums = (error, None, returns, returns**2, batch.states)
-        columns = [
-            error.gather(1, last[:, None])[:, 0].double() if x is None else x.double().sum(1)
-            for x in sums
-        ]
-        return torch.stack(columns, dim=1)
+        at_last = error.gather(1, last[:, None])[:, 0].double()
+        square, first, second = (x.double().sum(1) for x in (error, returns, returns**2))
+        return torch.stack([square, at_last, first, second], dim=1)
 
-    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+    def metrics(self, sums: Sequence[float], states: int, episodes: int) -> dict[str, float]:
         """From the sums over all episodes."""
-        episodes = len(prediction.predictions)
-        square, terminal, first, second, states = np.asarray(prediction.predictions).sum(axis=0)
+        square, terminal, first, second = sums
         mse, variance = square / states, second / states - (first / states) ** 2
         return {
             "mse": float(mse),

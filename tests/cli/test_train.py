@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from fastguide.cli import app
+from fastguide.cli.settings import configured, fields_of
 
 
-def run(*words: str, code: int = 0) -> str:
+def run(*words: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "fastguide.cli", *map(str, words)], capture_output=True, text=True
     )
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +48,19 @@ def test_from_prompts_to_a_measured_guide(data: Path, tmp_path: Path) -> None:
     assert "24 rewards (0.5*vader + 1*length) as 'mixed'" in said
     guide = tmp_path / "guide"
     said = run("train", "value", data, "--out", guide, "--epochs", "1", "--held-out", "0.3",
-               "--lora-rank", "2", "--set", "gradient_accumulation_steps=2")  # fmt: skip
+               "--lora-rank", "2", "--lora-alpha", "4", "--dtype", "bfloat16",
+               "--set", "gradient_accumulation_steps=2")  # fmt: skip
     assert f"guide in {guide}; on held-out prompts: mse " in said
+    facts = json.loads((guide / "guide_config.json").read_text())["training"]
+    assert (facts["dtype"], facts["lora"]) == ("bfloat16", {"rank": 2, "alpha": 4})
     said = run("validate", guide, "--data", data, "--set", tmp_path / "set", "--held-out", "0.3",
                "--completions", "2")  # fmt: skip
-    assert "validation set of" in said
+    made, measured = (
+        int(re.search(words, said)[1])  # type: ignore[index]
+        for words in (r"validation set of (\d+) prefixes", r"noise of the (\d+) labels")
+    )
+    assert made == measured
+    assert "(64 were asked for)" in said
     assert f"{guide}: MSE " in said
     said = run("train", "fudge", data, "--out", tmp_path / "fudge", "--epochs", "1", "--freeze",
                "--head", "mlp", "--held-out", "0.3")  # fmt: skip
@@ -55,6 +70,9 @@ def test_from_prompts_to_a_measured_guide(data: Path, tmp_path: Path) -> None:
     assert "best of the sweep: learning_rate " in said
     generated = run("generate", "Once", "--guide", f"mine={guide}", "--max-tokens", "4")
     assert generated.strip()
+
+
+VALUE = ["train", "value", "DATA", "--out", "x"]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +95,28 @@ def test_from_prompts_to_a_measured_guide(data: Path, tmp_path: Path) -> None:
         (["train", "value", "DATA", "--out", "x", "--labels", "rollouts"], "as responses are"),
         (["label", "DATA", "--reward", "vader", "--labels", "../x"], "a name is '../x'; allowed"),
         (["collect", "x", "Once", "--workers", "2"], "--workers is 2; allowed with --ray"),
+        (["collect", "x", "Once", "--gpus", "1"], "--gpus is 1; allowed with --ray"),
+        (
+            ["collect", "x", "Once", "--ray", "--device", "cuda"],
+            "--device is 'cuda'; allowed without --ray, which takes --gpus",
+        ),
+        ([*VALUE, "--set", "lam=abc"], "lam is 'abc'; allowed are numbers"),
+        ([*VALUE, "--set", "save_steps=abc"], "save_steps is 'abc'; allowed are numbers"),
+        ([*VALUE, "--set", "save_strategy=abc"], "abc is not a valid SaveStrategy"),
+        ([*VALUE, "--set", "report_to=tensorbord"], "report_to is 'tensorbord'; allowed are none"),
+        ([*VALUE, "--set", "fsdp=full_shard"], "fsdp is asked for, which cuts weights in parts"),
+        ([*VALUE, "--set", "lr=1", "--set", "lr=2"], "--set gives learning_rate more than once"),
+        (
+            [*VALUE, "--sweep", "lr=1", "--sweep", "lr=2"],
+            "--sweep gives learning_rate more than once; allowed is once",
+        ),
+        (
+            [*VALUE, "--set", "lr=1", "--sweep", "lr=1,2"],
+            "learning_rate is given by --set and --sweep; allowed is one of them",
+        ),
+        ([*VALUE, "--patience", "1", "--held-out", "0"], "held_out is 0.0, which leaves none"),
+        ([*VALUE, "--dtype", "int8"], "dtype is 'int8'; allowed are auto, float32"),
+        ([*VALUE, "--freeze", "--lora-alpha", "8"], "--lora-alpha is 8; allowed with a LoRA"),
         (["collect", "x", "Once", "--temperature", "0"], "temperature is 0.0; allowed are numbers"),
         (["collect", "/proc/nowhere", "Once"], "'/proc/nowhere': No such file or directory"),
         (["validate", "--set", "x", "--prompts", "0"], "--prompts is 0; allowed are whole"),
@@ -88,7 +128,24 @@ def test_from_prompts_to_a_measured_guide(data: Path, tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_sentence(data: Path, tmp_path: Path, words: list[str], said: str) -> None:
     given = [str(data) if w == "DATA" else str(tmp_path / w) if w == "x" else w for w in words]
-    error = run(*given, code=2)
-    assert error.startswith("error: ")
-    assert said in error
-    assert error.count("\n") == 1
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_objections_to_settings_are_one_sentence(error: type[Exception]) -> None:
+    @dataclasses.dataclass
+    class Odd:
+        size: int = 1
+
+        def __post_init__(self) -> None:
+            raise error("the size\n  is odd")
+
+    assert fields_of(Odd) == {"size"}
+    with pytest.raises(ValueError, match="the size is odd"):
+        configured(Odd, {"size": 3})
+    with pytest.raises(ValueError, match="size is 'x'; allowed are numbers"):
+        configured(Odd, {"size": "x"})

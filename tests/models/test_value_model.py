@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoUrl
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
@@ -175,6 +177,76 @@ def test_pickled_weights_need_leave(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="safetensors"):
         ValueModel.from_pretrained(tmp_path)
     ValueModel.from_pretrained(tmp_path, allow_pickle=True)
+
+
+# --------------------------------------------------------------------------------------- hub
+
+
+class Hub:
+    """What was asked of the hub, and what it was given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: dict[str, object] = {}
+        self.files: dict[str, bytes] = {}
+        monkeypatch.setattr(HfApi, "create_repo", self.create_repo)
+        monkeypatch.setattr(HfApi, "upload_folder", self.upload_folder)
+
+    @property
+    def config(self) -> dict:
+        return json.loads(self.files["guide_config.json"])
+
+    def create_repo(self, repo_id: str, **options: object) -> RepoUrl:
+        self.asked = {"repo_id": repo_id, **options}
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: str) -> None:
+        assert repo_id == self.asked["repo_id"]
+        self.files = {file.name: file.read_bytes() for file in Path(folder_path).iterdir()}
+
+
+def test_a_guide_goes_to_the_hub(
+    lora: ValueModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[str | None] = []
+    init = HfApi.__init__
+    monkeypatch.setattr(
+        HfApi, "__init__", lambda api, token=None: (tokens.append(token), init(api, token=token))[1]
+    )
+    hub = Hub(monkeypatch)
+    address = lora.push_to_hub("me/guide", private=True, token="hf_mine")
+    assert address == "https://huggingface.co/me/guide"
+    assert hub.asked == {"repo_id": "me/guide", "private": True, "exist_ok": True}
+    assert tokens == ["hf_mine"]
+    lora.save_pretrained(tmp_path)
+    assert hub.files == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    lora.push_to_hub("me/guide", dtype=torch.float16, base_model="someone/base")
+    assert hub.config["base_model"] == "someone/base"
+    assert b"someone/base" in hub.files["adapter_config.json"]
+    (tmp_path / "head").write_bytes(hub.files["value_head.safetensors"])
+    assert load_file(tmp_path / "head")["weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("options", [{"lora_rank": 2}, {"freeze": True}, {"lora_rank": None}])
+def test_paths_of_this_machine_do_not_go_to_the_hub(
+    options: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(monkeypatch)
+    shutil.copytree(assets.packaged("stories"), tmp_path / "base")
+    model = ValueModel.create(tmp_path / "base", **options)
+    whole = options.get("lora_rank", 2) is None
+    for name in (None, "../base", str(tmp_path / "base")):
+        if whole:
+            model.push_to_hub("me/guide", base_model=name)
+            assert hub.config["base_model"] == "base"
+        else:
+            with pytest.raises(
+                ValueError, match=r"on this machine alone; allowed with base_model="
+            ):
+                model.push_to_hub("me/guide", base_model=name)
+            assert hub.files == {}
+    model.push_to_hub("me/guide", base_model="stories")
+    assert hub.config["base_model"] == "stories"
+    assert not [name for name, data in hub.files.items() if str(tmp_path).encode() in data]
 
 
 def test_packaged_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

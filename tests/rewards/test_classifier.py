@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fastguide.assets import packaged
-from fastguide.rewards import ClassifierReward, Sample, load_reward
+from fastguide.rewards import ClassifierReward, Sample, load_reward, spec_of
 
 SIZES = {
     "vocab_size": 2048,
@@ -105,6 +105,26 @@ def test_long_texts_lose_their_beginning(classifiers: Any, kind: str) -> None:
     end = " They went home." * 40
     one, other = (reward([Sample(prompt, end, 99)])[0] for prompt in ("Tom ran.", "A cat sat."))
     assert one == pytest.approx(other, abs=1e-6)
+
+
+def test_a_name_needs_no_weights(classifiers: Any, tmp_path: Path) -> None:
+    """But mistakes in it are told."""
+    path = shutil.copytree(classifiers("bert"), tmp_path / "bare")
+    specs = [f"0.5*classifier:{path}?on=response", "brevity"]
+    whole = load_reward(specs, device="cpu")
+    (path / "model.safetensors").unlink()
+    named = load_reward(specs, weights=False)
+    assert (named.name, spec_of(named)) == (whole.name, spec_of(whole))
+    assert named.per_token == whole.per_token == 0.0
+    with pytest.raises(ValueError, match="cannot load model weights"):
+        load_reward(specs)
+    for wrong, said in (
+        ("?on=all", "on is 'all'"),
+        ("?label=x", "label is 'x'"),
+        ("x", "no model"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_reward(f"classifier:{path}{wrong}", weights=False)
 
 
 def test_one_of_several_labels(classifiers: Any) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from fastguide import ARGS, Engine, RewardGuide, SamplingParams
 from fastguide.assets import packaged
@@ -92,6 +93,65 @@ def test_a_policy_is_fine_tuned(tmp_path: Path) -> None:
         ["The answer"], sampling=SamplingParams(temperature=0, max_tokens=4)
     )
     assert output.text.startswith(" is")
+
+
+def pairs(word: str, count: int = 24) -> Any:
+    return datasets.Dataset.from_list(
+        [{"chosen": f"I am {word} {i}.", "rejected": f"You are {i}."} for i in range(count)]
+    )
+
+
+class Kill(TrainerCallback):
+    """Ends the process after a step, and counts how many there were."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step, self.steps = step, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+        self.steps += 1
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_killed_run_continues_with_the_same_alone(tmp_path: Path, lora_rank: int | None) -> None:
+    options = settings(tmp_path, save_strategy="steps", save_steps=1, max_steps=4)
+
+    def train(rows: Any, step: int | None = None, **changed: Any) -> int:
+        of_config = {k: v for k, v in changed.items() if k != "held_out" and k != "lora_rank"}
+        more = {"lora_rank": lora_rank, "held_out": 0.25}
+        more |= {k: v for k, v in changed.items() if k not in of_config}
+        counted = Kill(step)
+        config = trl.RewardConfig(**(options | of_config))
+        train_reward(rows, "stories", config, callbacks=[counted], **more)
+        return counted.steps
+
+    with pytest.raises(KeyboardInterrupt):
+        train(pairs("glad"), step=2)
+    # What was written before the record is no whole checkpoint.
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3/training.json").unlink()
+    for changed, said in (
+        ({"held_out": 0.5}, "has held_out 0.25, this run has 0.5"),
+        ({"lora_rank": 4}, f"has lora_rank {lora_rank}, this run has 4"),
+        ({"learning_rate": 1e-4}, "has learning_rate 0.001, this run has 0.0001"),
+        ({"max_length": 32}, "has max_length 96, this run has 32"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(pairs("glad"), **changed)
+    with pytest.raises(ValueError, match=r"checkpoint-2 has sha256 '\w+', this run has '\w+'"):
+        train(pairs("sad"))
+    with pytest.raises(ValueError, match="has rows 24, this run has 25"):
+        train(pairs("glad", 25))
+    assert train(pairs("glad")) == 2
+    record = json.loads((tmp_path / "training.json").read_text())
+    assert (record["kind"], record["base_model"], record["rows"]) == ("reward", "stories", 24)
+    assert record["lora_rank"] == lora_rank
+    assert record["hyperparameters"]["max_length"] == 96
+    assert 0 <= record["validation"]["accuracy"] <= 1
+    assert train(pairs("glad")) == 0  # it has finished
+    with pytest.raises(ValueError, match="has sha256"):
+        train(pairs("sad"))
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

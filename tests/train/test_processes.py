@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from fastguide import Engine
+from fastguide.models.guide_config import GuideConfig
+from fastguide.models.value import ValueModel
+from fastguide.rewards import load_reward
+from fastguide.train.collect import read
+from fastguide.train.guides import is_held_out
+from fastguide.train.validation import make_validation, validate
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +65,9 @@ save_file(state, folder / f"rank{rank}.safetensors")
 """
 
 
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run(folder: Path, processes: int, batch_size: int) -> None:
     folder.mkdir()
     script = folder / "script.py"
@@ -64,8 +78,9 @@ def run(folder: Path, processes: int, batch_size: int) -> None:
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             f"--nproc-per-node={processes}", *words[1:],
         ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        words, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -85,3 +100,35 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(ranks[0][name], alone[name], rtol=1e-3, atol=1e-5)
     assert ranks[0]["mse"].item() == pytest.approx(alone["mse"].item(), rel=1e-3)
     assert (tmp_path / "two/guide/guide_config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["value", "fudge"])
+def test_the_command_speaks_once(
+    engine: Engine, decode: Any, data: Path, tmp_path: Path, kind: str
+) -> None:
+    """As docs/train.md launches it: one process says what there is to say, and validates."""
+    words = ["train", kind, data, "--out", tmp_path / "guide", "--lora-rank", 2, "--epochs", 1]
+    words += ["--held-out", 0.3, "--set", "disable_tqdm=True", "--patience", 1]
+    if kind == "value":
+        rollouts = [r for r in read(data) if r.sample == 0 and is_held_out(r.prompt_ids, 0.3)]
+        reward = load_reward("cheerfulness")
+        made = {"max_tokens": 20, "completions": 2, "held_out": 0.3}
+        make_validation(engine, rollouts, tmp_path / "set", reward, decode, **made)
+        words += ["--validation", tmp_path / "set"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--cpu", "--main_process_port", "0", "-m", "fastguide.cli", *map(str, words)]
+    done = subprocess.run(
+        launch, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("responses to train on") == 1
+    assert done.stdout.count(f"guide in {tmp_path / 'guide'}; on held-out prompts: ") == 1
+    (count,) = re.findall(r"(\d+) responses to train on", done.stdout)
+    (checkpoint,) = (tmp_path / "guide").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{math.ceil(int(count) / (32 * 2))}"  # both trained
+    kept = GuideConfig.load(tmp_path / "guide").training["validation"]
+    assert ("mc_mse" in kept) == (kind == "value")
+    if kind == "value":
+        model = ValueModel.from_pretrained(tmp_path / "guide", dtype=torch.float32)
+        assert kept["mc_mse"] == pytest.approx(validate(model, tmp_path / "set").mse.mean, rel=1e-4)
+    assert "find_unused_parameters" not in done.stderr

@@ -5,48 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from small import make_episodes, make_model, settings
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastguide.models.value import ValueModel
 from fastguide.train.episodes import Episode, Rollout, bucketed, episodes_of
 from fastguide.train.fudge import FudgeConfig, FudgeTrainer, attributes
 from fastguide.train.value import ValueConfig, ValueTrainer
-
-
-def make_episodes(count: int, seed: int) -> list[Episode]:
-    """Random tokens; the reward says whether the first response token is a small number."""
-    rng = random.Random(seed)
-    episodes = []
-    for _ in range(count):
-        prompt = (0, *(rng.randrange(1, 2048) for _ in range(rng.randrange(1, 4))))
-        first = rng.choice([300, 1500])
-        rest = tuple(rng.randrange(1, 2048) for _ in range(rng.randrange(2, 8)))
-        episodes.append(Episode(prompt, (first, *rest), 1.0 if first == 300 else -1.0))
-    return episodes
-
-
-def make_model(**options: Any) -> ValueModel:
-    torch.manual_seed(0)
-    return ValueModel.create("stories", **({"lora_rank": 4} | options))
-
-
-def settings(folder: Path, **others: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "learning_rate": 3e-3,
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 16,
-        "seed": 1,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **others,
-    }
 
 
 def test_training_lowers_the_validation_error(tmp_path: Path) -> None:
@@ -96,6 +68,9 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop: int) -> 
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=0, msg=name)
 
 
+MODEL = ("lora_rank", "lora_alpha", "head", "dtype")
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -104,7 +79,10 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, stop: int) -> 
         ({"ema": 0.9}, "has ema None, this run has 0.9"),
         ({"lam": 0.5}, "has lam 0.95, this run has 0.5"),
         ({"per_device_train_batch_size": 8}, "has per_device_train_batch_size 16, this run has 8"),
-        ({"lora_rank": 8}, "has trained_parameters"),
+        ({"lora_rank": 8}, "has lora .*'rank': 4.* this run has .*'rank': 8"),
+        ({"lora_alpha": 8}, "has lora .*'alpha': 4.* this run has .*'alpha': 8"),
+        ({"head": "mlp"}, "has head 'linear', this run has 'mlp'"),
+        ({"dtype": torch.bfloat16}, "has dtype 'float32', this run has 'bfloat16'"),
         ({"data": "others"}, "has data None, this run has 'others'"),
     ],
 )
@@ -113,9 +91,10 @@ def test_a_checkpoint_of_another_run_is_refused(
 ) -> None:
     options = settings(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     ValueTrainer(make_model(), ValueConfig(**options), make_episodes(32, 0)).train()
-    other = make_model(**{k: v for k, v in changed.items() if k == "lora_rank"})
+    of_model = {k: v for k, v in changed.items() if k in MODEL}
+    other = make_model(**of_model)
     other.config.training.update({k: v for k, v in changed.items() if k == "data"})
-    fields = {k: v for k, v in changed.items() if k not in ("lora_rank", "data")}
+    fields = {k: v for k, v in changed.items() if k != "data" and k not in MODEL}
     config = ValueConfig(**(options | fields))
     other.config = dataclasses.replace(other.config, lam=config.lam)
     trainer = ValueTrainer(other, config, make_episodes(32, 0))
@@ -311,8 +290,95 @@ def test_batches_hold_every_episode_once_and_like_lengths() -> None:
         {"ema": "abc"},
         {"num_train_epochs": -1},
         {"gradient_accumulation_steps": 0},
+        {"lam": "abc"},
+        {"save_steps": "abc"},
+        {"dataloader_num_workers": "abc"},
+        {"bf16": "abc"},
+        {"report_to": "tensorbord"},
+        {"fsdp": "full_shard"},
+        {"deepspeed": "zero.json"},
     ],
 )
 def test_wrong_settings_name_themselves(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ValueConfig(**settings(tmp_path, **wrong))
+
+
+def test_launchers_that_cut_weights_in_parts_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp is asked for, which cuts weights in parts"):
+        ValueConfig(**settings(tmp_path))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_the_loss_of_validation_is_over_all_prefixes(tmp_path: Path, batch_size: int) -> None:
+    """However they are batched: a mean of the batches' means would be another number for each."""
+    valid = attributes(make_episodes(23, 1), above=0.0)
+    model = make_model()
+    with torch.no_grad():
+        next(model.head.parameters()).normal_(generator=torch.Generator().manual_seed(0))
+    config = FudgeConfig(**settings(tmp_path, per_device_eval_batch_size=batch_size))
+    found = FudgeTrainer(model, config, valid, valid).evaluate()["eval_loss"]
+    losses = []
+    for episode in valid:
+        ids = torch.tensor([[*episode.prompt_ids, *episode.response_ids]])
+        with torch.no_grad():
+            logits = model.eval()(ids)[0, len(episode.prompt_ids) - 1 :]
+        label = torch.full_like(logits, episode.reward)
+        losses += F.binary_cross_entropy_with_logits(logits, label, reduction="none").tolist()
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_states_may_be_computed_again_to_save_memory(tmp_path: Path) -> None:
+    """The same weights, from more passes of the layers, without a word of transformers."""
+    weights, passes = [], []
+    for name, again in (("kept", False), ("again", True)):
+        model = make_model()
+        layer = model.backbone.get_submodule("base_model.model.layers.0.mlp")
+        layer.register_forward_pre_hook(lambda *_: passes.append(name))  # noqa: B023
+        options = settings(tmp_path / name, max_steps=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the setting's own name
+            config = ValueConfig(**options, gradient_checkpointing=again)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            ValueTrainer(model, config, make_episodes(32, 0)).train()
+        weights.append([p.detach() for p in model.parameters() if p.requires_grad])
+    assert (passes.count("kept"), passes.count("again")) == (2, 4)
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_trunk_in_bfloat16_trains_under_a_lora_in_float32(tmp_path: Path) -> None:
+    model = make_model(dtype=torch.bfloat16)
+    trunk = {p.dtype for p in model.backbone.parameters() if not p.requires_grad}
+    assert trunk == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    train, valid = make_episodes(96, 0), make_episodes(32, 1)
+    trainer = ValueTrainer(model, ValueConfig(**settings(tmp_path, ema=0.5)), train, valid)
+    trainer.train()
+    assert trainer.evaluate()["eval_mse"] < 0.9
+
+
+def test_averages_are_in_float32_whatever_the_weights_are_in(tmp_path: Path) -> None:
+    """A thousandth of a step is nothing in bfloat16."""
+    model = make_model(lora_rank=None, dtype=torch.bfloat16)
+    before = {n: p.detach().float() for n, p in model.named_parameters()}
+    config = ValueConfig(**settings(tmp_path, max_steps=1, ema=0.999, learning_rate=1e-3))
+    trainer = ValueTrainer(model, config, make_episodes(16, 0))
+    trainer.train()
+    assert trainer._average is not None
+    after = dict(model.named_parameters())
+    for name, average in trainer._average.items():
+        moved = after[name].float() != before[name]
+        assert (average != before[name])[moved].all(), name
+
+
+def test_a_decoder_of_text_has_no_unused_weights(tmp_path: Path) -> None:
+    model = make_model()
+    trainer = ValueTrainer(model, ValueConfig(**settings(tmp_path)), make_episodes(16, 0))
+    assert trainer.args.ddp_find_unused_parameters is False
+    trainer.value_model(torch.tensor([[0, 300, 5]])).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
