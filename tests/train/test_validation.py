@@ -13,10 +13,12 @@ import torch
 from small import settings
 
 from fastguide import Engine
+from fastguide.kernels.reference import td_lambda
 from fastguide.models.guide_config import GuideConfig, RewardScale
 from fastguide.models.value import ValueModel
 from fastguide.rewards import cheerfulness, load_reward
 from fastguide.train.collect import read
+from fastguide.train.episodes import Rollout, collate, episodes_of
 from fastguide.train.fudge import FudgeConfig
 from fastguide.train.guides import train_guide
 from fastguide.train.labels import load_episodes
@@ -183,6 +185,21 @@ def test_rewards_per_token_are_validated_by_what_is_to_come(
     known = {tuple(p): statistics.fmean(r) + 7 for p, r in zip(prefixes, left, strict=True)}
     model: Any = Known(known, scale)
     assert validate(model, tmp_path).mse.mean == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_returns_of_rewards_per_token_are_what_validation_compares_with(gamma: float) -> None:
+    rollouts = [Rollout(n, 0, (1, 2), tuple(range(3, 3 + n)), "stop") for n in (10, 40)]
+    episodes, scale = episodes_of(rollouts, [-10.0, -40.0], "brevity", per_token=-1.0)
+    batch = collate(episodes)
+    zero = torch.zeros(batch.rewards.shape)
+    returns = td_lambda(zero, batch.rewards, batch.states, gamma, 1.0)
+    for row, n in enumerate((10, 40)):
+        for done in (0, n // 2):
+            left = -sum(gamma**i for i in range(n - done)) / scale.std
+            # The state before those tokens: its own payment is past, theirs begin a step ahead.
+            state = returns[row, 1 + done].item() - (batch.rewards[row, 1 + done].item())
+            assert state == pytest.approx(gamma * left, rel=1e-5)
 
 
 def test_a_real_guide_is_measured(engine: Engine, decode: Any, data: Path, tmp_path: Path) -> None:
