@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "prompts": set(),
     "lazy": set(),
     "assets": set(),
+    "draft": set(),
     "cache": {"config"},
     "models": {"kernels", "cache", "config", "assets"},
     "scorer": {"models", "cache"},
@@ -31,8 +32,8 @@ ARROWS: dict[str, set[str]] = {
     "rewards": {"models", "lazy"},
     "search": {"engine", "rewards"},
     "blackbox": {"guides", "kernels"},
-    "train": {"models", "kernels", "engine", "config", "request", "guides", "assets", "rewards"},
-    "evaluate": {"engine", "search", "guides", "rewards", "prompts"},
+    "train": {"models", "kernels", "engine", "guides", "rewards", "draft"},
+    "evaluate": {"engine", "search", "guides", "rewards", "prompts", "draft"},
     "serve": {"engine", "guides"},
     "integrations": {"engine", "guides"},
 }
@@ -47,6 +48,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "prompts": set(),
     "lazy": set(),
     "assets": set(),
+    "draft": set(),
     "cache": {"torch", "numpy"},
 }
 
