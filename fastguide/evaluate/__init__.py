@@ -2,8 +2,9 @@
 
 from fastguide.evaluate.judge import Judge, Pair
 from fastguide.evaluate.metrics import Coherence, Estimate, diversity, matched, win_rate
+from fastguide.evaluate.read import read_study
 from fastguide.evaluate.run import Runner
-from fastguide.evaluate.study import Point, Study, read_study
+from fastguide.evaluate.study import Point, Study
 
 __all__ = [
     "Coherence",
