@@ -1,5 +1,6 @@
 """What guides buy: rewards, KL, diversity, win rates and costs of methods, side by side."""
 
+from fastguide.evaluate.differences import difference_table, differences
 from fastguide.evaluate.judge import Judge, Pair
 from fastguide.evaluate.metrics import Coherence, Estimate, diversity, matched, win_rate
 from fastguide.evaluate.read import read_study
@@ -14,6 +15,8 @@ __all__ = [
     "Point",
     "Runner",
     "Study",
+    "difference_table",
+    "differences",
     "diversity",
     "matched",
     "read_study",

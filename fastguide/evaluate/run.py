@@ -15,6 +15,7 @@ from fastguide import assets
 from fastguide.draft import Draft
 from fastguide.engine import Engine
 from fastguide.evaluate import estimates, sampling
+from fastguide.evaluate.differences import Measured
 from fastguide.evaluate.estimates import Row
 from fastguide.evaluate.judge import Judge, Pair
 from fastguide.evaluate.metrics import Coherence, Estimate
@@ -116,6 +117,11 @@ class Runner:
         rows, measures = found
         self._measure(point, rows, measures)
         return rows
+
+    def frontier(self, method: str, *, y: str = "reward") -> list[Measured]:
+        """KL and a reward of each point of a method, prompt by prompt: for ``differences``."""
+        points = [point for point in self.study.points if point.method == method]
+        return [estimates.kl_and_reward(self.responses(p), p.best_of, y) for p in points]
 
     def _file(self, point: Point, head: int | None = None) -> str:
         """Named by everything that the responses depend on; ``head`` is as in ``stamp``."""
