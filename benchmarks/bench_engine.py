@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastguide import VAS, Plain, TreeScorer
 from fastguide.config import Rule
-from fastguide.engine.runner import Row, RowSpec, Runner
+from fastguide.engine.runner import ModelRunner, Row, RowSpec
 from fastguide.models.attention import NAME
 from fastguide.models.decoder import Decoder
 
@@ -45,13 +45,13 @@ def random_llama(device: str, attention: str, dtype: torch.dtype = torch.bfloat1
     return model.to(device=device, dtype=dtype).eval()
 
 
-def build(device: str, dtype: torch.dtype = torch.bfloat16) -> Runner:
+def build(device: str, dtype: torch.dtype = torch.bfloat16) -> ModelRunner:
     """Policy and guide, each with its own weights and pool."""
     guide = random_llama(device, NAME, dtype)
     torch.manual_seed(1)
     head = torch.nn.Linear(SHAPE["hidden_size"], 1, device=device, dtype=dtype)
     scorer = TreeScorer(Decoder(guide.model), head)
-    return Runner(Decoder(random_llama(device, NAME, dtype)), {"value": scorer})
+    return ModelRunner(Decoder(random_llama(device, NAME, dtype)), {"value": scorer})
 
 
 def prompt_tokens(row: int, length: int) -> list[int]:
@@ -60,7 +60,7 @@ def prompt_tokens(row: int, length: int) -> list[int]:
 
 
 def open_rows(
-    runner: Runner, rule: Rule, batch: int, prompt: int, temperature: float = 0.7
+    runner: ModelRunner, rule: Rule, batch: int, prompt: int, temperature: float = 0.7
 ) -> list[Row]:
     """``batch`` requests with prompts of their own."""
     weights = {"value": 1.0} if rule.guided else {}
@@ -109,7 +109,7 @@ def time_transformers(device: str, batch: int, prompt: int, steps: int) -> float
     return statistics.median((run(steps + 1) - run(1)) / steps for _ in range(3))
 
 
-def measure(runner: Runner, arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
+def measure(runner: ModelRunner, arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Alternate unguided and guided steps; medians, spreads and phases of both."""
     rules = {"unguided": Plain(), "guided": VAS(beta=4.0, k=arguments.k)}
     rows = {n: open_rows(runner, rule, batch, arguments.prompt) for n, rule in rules.items()}

@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "rewards": {"models", "lazy"},
     "search": {"engine", "rewards"},
     "blackbox": {"guides", "kernels"},
-    "train": {"models", "kernels", "engine", "request", "guides", "rewards", "files"},
+    "train": {"models", "kernels", "engine", "guides", "rewards", "files"},
     "evaluate": {"engine", "search", "guides", "rewards", "prompts", "files"},
     "serve": {"engine", "guides"},
     "integrations": {"engine", "guides"},

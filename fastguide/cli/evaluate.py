@@ -29,8 +29,10 @@ def evaluate(
 
     from fastguide.engine.progress import pace
     from fastguide.evaluate import Runner, read_study
-    from fastguide.evaluate.report import frontier, sweep, table
+    from fastguide.evaluate.report import frontier, matplotlib, sweep, table
 
+    if plots:
+        matplotlib()  # said before anything is sampled
     compared = read_study(study)
     folder = Path(out)
     console = Console(stderr=True)

@@ -14,7 +14,7 @@ from fastguide import assets
 from fastguide.config import Rule
 from fastguide.engine.progress import progress as progress_bar
 from fastguide.engine.requests import Limits, Request, Sample, build_request, per_prompt
-from fastguide.engine.runner import Runner
+from fastguide.engine.runner import ModelRunner
 from fastguide.engine.scheduler import Scheduler
 from fastguide.engine.text import Prompt, TextStream, as_prompts, encode
 from fastguide.guides import Guide, LoadContext, ValueGuide
@@ -103,7 +103,7 @@ class Engine:
         self.name_or_path = assets.absolute(path)
         self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
         scorers = {name: guide.load(context) for name, guide in guides.items()}
-        self.runner = Runner(policy, scorers)
+        self.runner = ModelRunner(policy, scorers)
         self.max_rows = max_rows
         self.limits = Limits(
             vocabulary=vocabulary,

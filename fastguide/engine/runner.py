@@ -62,7 +62,7 @@ class RowSpec(NamedTuple):
     seeds: Sequence[int]
 
 
-class Runner:
+class ModelRunner:
     """Owns the loaded policy and guides; opens rows and steps them."""
 
     def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer]) -> None:

@@ -15,7 +15,7 @@ from fastguide.rewards import Reward, WeightedSum
 from fastguide.search import best_weights, kl_of_best
 
 Row = dict[str, Any]
-"""One response: prompt, sample, text, tokens, kl, seconds, rewards by name, and so on."""
+"""One response: prompt, sample, text, token_ids, kl, seconds, rewards by name, and so on."""
 
 Shares = Mapping[int, Sequence[tuple[float, Row]]]
 """By prompt, responses with the probability that each is the answer."""
@@ -35,14 +35,20 @@ def shares(rows: Sequence[Row], best_of: int) -> Shares:
     return found
 
 
-def mean(of: Shares, name: str) -> Estimate:
-    """The estimate of a number, over the responses that have it."""
-    values, count = {}, 0
+def means(of: Shares, name: str) -> dict[int, float]:
+    """By prompt, the expectation of a number, over the responses that have it."""
+    found = {}
     for prompt, group in of.items():
         known = [(share, row[name]) for share, row in group if row[name] is not None]
         if total := sum(share for share, _ in known):
-            values[prompt] = [sum(share * value for share, value in known) / total]
-            count += len(known)
+            found[prompt] = sum(share * value for share, value in known) / total
+    return found
+
+
+def mean(of: Shares, name: str) -> Estimate:
+    """The estimate of a number, over the responses that have it."""
+    values = {prompt: [value] for prompt, value in means(of, name).items()}
+    count = sum(row[name] is not None for prompt in values for _, row in of[prompt])
     return Estimate.of(values, responses=count)
 
 
@@ -58,6 +64,16 @@ def kl(of: Shares, best_of: int) -> Estimate:
     if ratio.mean is None:
         return ratio
     return Estimate(ratio.mean + kl_of_best(best_of), ratio.ci95, ratio.responses)
+
+
+def kl_and_reward(
+    rows: Sequence[Row], best_of: int, y: str = "reward"
+) -> dict[int, tuple[float, float]]:
+    """By prompt, KL and a reward of a point; prompts that lack one are left out."""
+    of = shares(rows, best_of)
+    more = kl_of_best(best_of)
+    kls, rewards = means(of, "kl" if best_of == 1 else "log_ratio"), means(of, y)
+    return {p: (kls[p] + more, rewards[p]) for p in kls.keys() & rewards.keys()}
 
 
 def wins(ours: Shares, theirs: Shares) -> Estimate:
@@ -80,10 +96,10 @@ def answers(rows: Sequence[Row], best_of: int) -> dict[int, Row]:
     return found
 
 
-def judging_weights(reward: Reward) -> int:
+def reward_weights(reward: Reward) -> int:
     """Weights of the classifiers that a reward asks."""
     if isinstance(reward, WeightedSum):
-        return sum(judging_weights(part) for _, part in reward.parts)
+        return sum(reward_weights(part) for _, part in reward.parts)
     model = getattr(reward, "model", None)
     return 0 if model is None else weights_of(model)
 
@@ -98,7 +114,7 @@ def weights_of(model: Any) -> int:
 
 
 def costs(
-    rows: Sequence[Row], best_of: int, policy: int, guides: Sequence[int], k: int, judge: int
+    rows: Sequence[Row], best_of: int, policy: int, guides: Sequence[int], k: int, reward: int
 ) -> Iterator[tuple[str, float]]:
     """What one answer takes: 2 FLOPs per weight and token, and seconds of this run.
 
@@ -108,7 +124,7 @@ def costs(
         policy: weights of the policy.
         guides: weights of each guide in use; it reads the prompt once and k rows per token.
         k: candidates.
-        judge: weights of the reward, which reads prompt and response; 0 if it is no model.
+        reward: weights of the reward, which reads prompt and response; 0 if it is no model.
     """
     number = len(rows)
     tokens = sum(row["tokens"] for row in rows) / number
@@ -116,7 +132,8 @@ def costs(
     seconds = sum(row["seconds"] for row in rows) / number
     yield "policy_flops", 2.0 * policy * (prompt + best_of * tokens)
     yield "guide_flops", sum(2.0 * guide * (prompt + best_of * k * tokens) for guide in guides)
-    judging = sum(row["judge_seconds"] for row in rows) / number if best_of > 1 else 0.0
-    yield "judge_flops", 2.0 * judge * best_of * (prompt + tokens) if best_of > 1 else 0.0
-    yield "tokens_per_second", tokens / best_of / (seconds + judging)
-    yield "seconds_per_response", best_of * (seconds + judging)
+    # Records call what the reward takes judge_flops and judge_seconds; no language model is meant.
+    rewarding = sum(row["judge_seconds"] for row in rows) / number if best_of > 1 else 0.0
+    yield "judge_flops", 2.0 * reward * best_of * (prompt + tokens) if best_of > 1 else 0.0
+    yield "tokens_per_second", tokens / best_of / (seconds + rewarding)
+    yield "seconds_per_response", best_of * (seconds + rewarding)

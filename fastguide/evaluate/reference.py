@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fastguide.engine.text import Prompt, encode
+from fastguide.evaluate.estimates import Row
 from fastguide.models.loading import load_tokenizer, load_weights, resolve_device, resolve_dtype
-from fastguide.request import Completion
 
 BATCH = 16
 """Responses of one pass."""
@@ -23,16 +23,25 @@ class Reference:
         path: path, hub id or packaged name.
         dtype: as in ``Engine``.
         device: as in ``Engine``.
+        trust_remote_code: run code shipped with the checkpoint.
     """
 
-    def __init__(self, path: str | Path, *, dtype: str | None = None, device: str | None = None):
-        model = load_weights(AutoModelForCausalLM, path, dtype=resolve_dtype(dtype))
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        trust = {"trust_remote_code": trust_remote_code}
+        model = load_weights(AutoModelForCausalLM, path, dtype=resolve_dtype(dtype), **trust)
         self._model = model.to(resolve_device(device)).eval()  # type: ignore[arg-type]
-        self.tokenizer = load_tokenizer(path)
+        self.tokenizer = load_tokenizer(path, **trust)
 
     def log_ratios(
         self,
-        completions: Sequence[Completion],
+        rows: Sequence[Row],
         prompts: Sequence[Prompt],
         tokenizer: PreTrainedTokenizerBase,
         temperature: float,
@@ -45,26 +54,26 @@ class Reference:
         guides or policy sampled them; a single one may be below zero.
 
         Args:
-            completions: what was sampled.
+            rows: what was sampled: ``prompt``, ``token_ids`` and ``logprob`` of each.
             prompts: of the call that they are from.
             tokenizer: of what sampled them.
             temperature: of this policy, above 0.
             greedy: they were not drawn: each had probability 1, and the ratio is the exact KL.
 
         Returns:
-            One for each completion; None where tokenizers differ, so that there is no such ratio.
+            One for each row; None where tokenizers differ, so that there is no such ratio.
         """
         if tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            return [None] * len(completions)
+            return [None] * len(rows)
         texts = [encode(self.tokenizer, prompt) for prompt in prompts]
         # Like lengths together: rows of a batch are padded to the longest.
-        order = sorted(range(len(completions)), key=lambda i: len(completions[i].token_ids))
-        found: list[float | None] = [None] * len(completions)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["token_ids"]))
+        found: list[float | None] = [None] * len(rows)
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            rows = [(texts[completions[i].prompt], completions[i].token_ids) for i in chosen]
-            for i, ours in zip(chosen, self._likelihoods(rows, temperature), strict=True):
-                found[i] = (0.0 if greedy else sum(completions[i].logprobs)) - ours
+            pairs = [(texts[rows[i]["prompt"]], rows[i]["token_ids"]) for i in chosen]
+            for i, ours in zip(chosen, self._likelihoods(pairs, temperature), strict=True):
+                found[i] = (0.0 if greedy else rows[i]["logprob"]) - ours
         return found
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from fastguide.evaluate.metrics import matched
+from fastguide.evaluate.metrics import matched, t95
 
 Result = dict[str, Any]
 
@@ -76,8 +76,8 @@ def at_equal_kl(results: Sequence[Result], kls: Sequence[float], *, y: str = "re
 def pooled(runs: Sequence[Sequence[Result]]) -> list[Result]:
     """One result per point from several runs of a study with other seeds.
 
-    Runs share their prompts, so a pooled interval is that of a run, widened by how much the runs
-    themselves differ: the root of the sum of both squares.
+    Runs share their prompts, so a pooled interval is that of a run, widened by that of the mean of
+    the runs (Student's, too): the root of the sum of both squares.
     """
     found = []
     for results in zip(*runs, strict=True):
@@ -98,10 +98,12 @@ def _pooled(estimates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not means:
         return dict(estimates[0])
     within = statistics.fmean(e["ci95"] or 0.0 for e in estimates)
-    spread = statistics.stdev(means) if len(means) > 1 else 0.0
+    beyond = 0.0
+    if len(means) > 1:
+        beyond = t95(len(means) - 1) * statistics.stdev(means) / math.sqrt(len(means))
     return {
         "mean": statistics.fmean(means),
-        "ci95": math.hypot(within, 1.96 * spread / math.sqrt(len(means))),
+        "ci95": math.hypot(within, beyond),
         "responses": sum(e["responses"] for e in estimates),
     }
 
@@ -172,14 +174,20 @@ def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _axes() -> tuple[Any, Any]:
+def matplotlib() -> tuple[Any, Any]:
+    """Its figure and canvas, or how to get them."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'fastguide[evaluate]'") from error
-    figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    return Figure, FigureCanvasAgg
+
+
+def _axes() -> tuple[Any, Any]:
+    figure_class, canvas = matplotlib()
+    figure = figure_class(figsize=(6.4, 4.2), dpi=120, layout="constrained")
+    canvas(figure)
     return figure.add_subplot(), figure
 
 

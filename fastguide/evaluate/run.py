@@ -1,32 +1,32 @@
-"""Runs a study: samples, judges, and writes results and responses; continues if killed."""
+"""Runs a study: samples, measures, and writes results and responses; continues if killed."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastguide import assets
 from fastguide.engine import Engine
-from fastguide.evaluate import estimates
+from fastguide.evaluate import estimates, sampling
+from fastguide.evaluate.differences import Measured
 from fastguide.evaluate.estimates import Row
 from fastguide.evaluate.judge import Judge, Pair
-from fastguide.evaluate.metrics import Coherence, Estimate, diversity
+from fastguide.evaluate.metrics import Coherence, Estimate
 from fastguide.evaluate.reference import Reference
-from fastguide.evaluate.study import Point, Study, stamp, stamp_reward
+from fastguide.evaluate.stamps import HEAD, changed, stamp, stamp_reward
+from fastguide.evaluate.study import Point, Study
+from fastguide.files import Draft, replacing
 from fastguide.guides import Guide, RewardGuide, ValueGuide
-from fastguide.request import Completion, sample_seed
+from fastguide.models.loading import resolve_device
 from fastguide.rewards import Reward, Sample, judge_or_raise, load_reward
 
 RESULTS_FILE = "results.json"
 FORMAT_VERSION = 3
-WARM_UP = 2
-"""Tokens that are sampled before the clock starts."""
 
 
 class Runner:
@@ -36,6 +36,9 @@ class Runner:
         study: what to compare.
         folder: of responses and results; one that was begun continues.
         on_progress: told (what, done, of).
+
+    Raises:
+        ValueError: a reward, the encoder or the device cannot be had.
     """
 
     def __init__(
@@ -45,12 +48,24 @@ class Runner:
         on_progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self.study, self.folder = study, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._told = on_progress or (lambda what, done, of: None)
         self._engines: dict[str | None, Engine] = {}
         self._policy: Reference | None = None
-        self._rewards: dict[str, Reward] = {}
-        self._coherence = Coherence(**study.encoder) if study.encoder else None
+        self._how: dict[str, Any] = {
+            "device": study.device,
+            "trust_remote_code": study.trust_remote_code,
+        }
+        resolve_device(study.device)
+        self.rewards = {name: self._reward(name, spec) for name, spec in study.rewards.items()}
+        self._coherence = Coherence(**study.encoder, **self._how) if study.encoder else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _reward(self, name: str, spec: str | Sequence[str]) -> Reward:
+        try:
+            return load_reward(spec, **self._how)
+        except ValueError as error:
+            where = "" if name == "reward" else f"held_out {name!r}: "
+            raise ValueError(f"{where}{error}") from error
 
     def engine(self, policy: str | None = None) -> Engine:
         """The engine of a point's policy, with the guides of its points; loaded when needed."""
@@ -61,26 +76,23 @@ class Runner:
                 policy or self.study.policy,
                 {n: as_guide(path) for n, path in self.study.guides.items() if n in used},
                 dtype=self.study.dtype,
-                device=self.study.device,
                 max_rows=self.study.max_rows,
+                **self._how,
             )
         return self._engines[policy]
-
-    def rewards(self) -> dict[str, Reward]:
-        """The guiding reward and those held out."""
-        if not self._rewards:
-            self._rewards = {
-                name: load_reward(spec, device=self.study.device)
-                for name, spec in self.study.rewards.items()
-            }
-        return self._rewards
 
     def run(self) -> list[dict[str, Any]]:
         """All points' results, which are then in ``results.json``, with what was compared.
 
+        Everything is loaded and checked before anything is sampled.
+
         Raises:
-            ValueError: more than 5 % of a point's responses cannot be judged.
+            ValueError: a model cannot be loaded, a point cannot be sampled, or more than 5 % of a
+                point's responses cannot be measured.
         """
+        for policy in dict.fromkeys(point.policy for point in self.study.points):
+            points = [point for point in self.study.points if point.policy == policy]
+            sampling.check(self.engine(policy), points, self.study.asked)
         results: list[dict[str, Any]] = []
         baseline = next((p for p in self.study.points if p.name == self.study.baseline), None)
         for done, point in enumerate(self.study.points):
@@ -94,31 +106,42 @@ class Runner:
     # ------------------------------------------------------------------------------ responses
 
     def responses(self, point: Point) -> list[Row]:
-        """The judged responses of a point; what of them is in the folder is not made again."""
+        """The measured responses of a point; what of them is in the folder is not made again."""
         found = self._read(point)
         if found is None:
-            found = self._sample(point), {}
-            self._keep(point, *found)  # whatever happens to those who judge
+            draft = self._draft(self._file(point))
+            found = self._sample(point, draft), {}
+            self._keep(point, *found)  # whatever happens to what measures
+            draft.drop()
         rows, measures = found
-        known = dict(measures)
-        self._judge(point, rows, measures)
-        if measures != known:
-            self._keep(point, rows, measures)
+        self._measure(point, rows, measures)
         return rows
 
-    def _file(self, point: Point) -> str:
-        """Named by everything that the responses depend on."""
+    def frontier(self, method: str, *, y: str = "reward") -> list[Measured]:
+        """KL and a reward of each point of a method, prompt by prompt: for ``differences``."""
+        points = [point for point in self.study.points if point.method == method]
+        return [estimates.kl_and_reward(self.responses(p), p.best_of, y) for p in points]
+
+    def _file(self, point: Point, head: int | None = None) -> str:
+        """Named by everything that the responses depend on; ``head`` is as in ``stamp``."""
         study = self.study
-        guides = sorted((name, stamp(study.guides[name])) for name in point.weights)
-        policies = [stamp(study.policy), *([stamp(point.policy)] if point.policy else [])]
+        guides = sorted((name, stamp(study.guides[name], head=head)) for name in point.weights)
+        policies = [stamp(path, head=head) for path in self._policies(point)]
         settings = (FORMAT_VERSION, point.draws, *policies, guides, study.dtype, study.temperature)
         identity = repr((*settings, study.asked))
         return f"responses-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
+    def _policies(self, point: Point) -> list[str | None]:
+        return [self.study.policy, *([point.policy] if point.policy else [])]
+
     def _read(self, point: Point) -> tuple[list[Row], dict[str, str]] | None:
         file = self.folder / self._file(point)
         if not file.is_file():
-            return None
+            # Named as such files once were, it holds if no model has been written since.
+            file = self.folder / self._file(point, HEAD)
+            models = [*self._policies(point), *(self.study.guides[name] for name in point.weights)]
+            if not file.is_file() or file.stat().st_mtime < max(map(changed, models)):
+                return None
         found = json.loads(file.read_text(encoding="utf-8"))
         return found["rows"], found["measures"]
 
@@ -126,43 +149,18 @@ class Runner:
         """The rows, and by which reward or model each of their measures was made."""
         self._write(self._file(point), json.dumps({"measures": measures, "rows": rows}))
 
-    def _sample(self, point: Point) -> list[Row]:
-        prompts = self.study.asked
-        seed = point.sampling.seed or 0
-        sampling = [
-            dataclasses.replace(point.sampling, seed=sample_seed(seed, i + 1))
-            for i in range(len(prompts))
-        ]
-        weights, engine = dict(point.weights) or None, self.engine(point.policy)
-        warm_up = dataclasses.replace(point.sampling, n=1, max_tokens=WARM_UP)
-        list(engine.completions(prompts[:1], point.rule, weights, warm_up))
-        outputs: list[Completion] = []
-        started = time.perf_counter()
-        for output in engine.completions(prompts, point.rule, weights, sampling):
-            if output.error is not None:
-                raise ValueError(f"{point.name}, prompt {output.prompt}: {output.error}")
-            outputs.append(output)
-            self._told(point.name, len(outputs), len(prompts) * point.sampling.n)
-        seconds = time.perf_counter() - started
-        outputs.sort(key=lambda output: (output.prompt, output.sample))
-        rows = [
-            {
-                "prompt": output.prompt,
-                "sample": output.sample,
-                "text": output.text,
-                "tokens": len(output.token_ids),
-                "prompt_tokens": output.prompt_tokens,
-                "finish_reason": output.finish_reason,
-                "kl": sum(output.kl),
-                "log_ratio": sum(output.logprobs) - sum(output.base_logprobs),
-                "seconds": seconds / len(outputs),  # of the whole call: they share their passes
-                "diversity": diversity(output.text),
-            }
-            for output in outputs
-        ]
+    def _draft(self, file: str) -> Draft:
+        return Draft((self.folder / file).with_suffix(".draft.jsonl"))
+
+    def _sample(self, point: Point, draft: Draft) -> list[Row]:
+        engine, prompts = self.engine(point.policy), self.study.asked
+        of = len(prompts) * point.sampling.n
+        rows = sampling.sample(
+            engine, point, prompts, draft, lambda done: self._told(point.name, done, of)
+        )
         if point.policy is not None or point.sampling.temperature != self.study.temperature:
             ratios = self._reference().log_ratios(
-                outputs,
+                rows,
                 prompts,
                 engine.tokenizer,
                 self.study.temperature,
@@ -176,13 +174,13 @@ class Runner:
         """The study's policy, to tell likelihoods."""
         if self._policy is None:
             path = self.study.policy or assets.MODEL
-            self._policy = Reference(path, dtype=self.study.dtype, device=self.study.device)
+            self._policy = Reference(path, dtype=self.study.dtype, **self._how)
         return self._policy
 
-    def _judge(self, point: Point, rows: list[Row], measures: dict[str, str]) -> None:
-        """Add what is missing, or was measured by something else."""
+    def _measure(self, point: Point, rows: list[Row], measures: dict[str, str]) -> None:
+        """Add and keep what is missing, or was measured by something else."""
         samples = [Sample(self.study.prompts[r["prompt"]], r["text"], r["tokens"]) for r in rows]
-        for name, reward in self.rewards().items():
+        for name, reward in self.rewards.items():
             if measures.get(name) != (by := stamp_reward(self.study.rewards[name])):
                 started = time.perf_counter()
                 values, _ = judge_or_raise(reward, samples, lambda i: _where(point, rows[i]))
@@ -192,6 +190,7 @@ class Runner:
                     if name == "reward":
                         row["judge_seconds"] = seconds
                 measures[name] = by
+                self._keep(point, rows, measures)
         if self._coherence is not None:
             by = f"{stamp(self.study.encoder['path'])} {self.study.encoder.get('pooling')}"
             if measures.get("coherence") != by:
@@ -199,6 +198,7 @@ class Runner:
                 for row, cosine in zip(rows, self._coherence(prompts, texts), strict=True):
                     row["coherence"] = cosine
                 measures["coherence"] = by
+                self._keep(point, rows, measures)
 
     # -------------------------------------------------------------------------------- results
 
@@ -206,7 +206,7 @@ class Runner:
         """Estimates of everything measured of a point; ``baseline`` is for win rates."""
         rows = self.responses(point)
         ours = estimates.shares(rows, point.best_of)
-        names = [*self.rewards(), *(["coherence"] if self._coherence else [])]
+        names = [*self.rewards, *(["coherence"] if self._coherence else [])]
         found = {name: estimates.mean(ours, name) for name in (*names, "tokens", "diversity")}
         found["kl"] = estimates.kl(ours, point.best_of)
         if baseline is not None:
@@ -222,14 +222,14 @@ class Runner:
             estimates.weights_of(self.engine(point.policy).runner.policy.model),
             [estimates.weights_of(s.decoder.model) for s in used if hasattr(s, "decoder")],
             point.rule.k,
-            estimates.judging_weights(self.rewards()["reward"]),
+            estimates.reward_weights(self.rewards["reward"]),
         )
         return {
             "point": point.name,
             "method": point.method,
             "setting": dict(point.setting),
             **dict(costs),
-            "failed": sum(row[name] is None for row in rows for name in self.rewards()),
+            "failed": sum(row[name] is None for row in rows for name in self.rewards),
             "example": rows[0]["text"],
             **{name: dataclasses.asdict(estimate) for name, estimate in found.items()},
         }
@@ -246,23 +246,24 @@ class Runner:
             Pair(self.study.prompts[prompt], ours[prompt]["text"], theirs[prompt]["text"])
             for prompt in asked
         ]
-        identity = json.dumps([dict(self.study.judge), pairs], sort_keys=True)
+        judge = Judge(**{"chat": self.study.chat, **self.study.judge})
+        identity = json.dumps([judge.identity, pairs])
         name = f"judged-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
         file = self.folder / name
         if not file.is_file():
-            told = len(pairs)
-            wins = Judge(**self.study.judge).wins(
-                pairs, lambda done: self._told(f"{point.name}, judged", done, told)
+            told, draft = len(pairs), self._draft(name)
+            wins = judge.wins(
+                pairs, lambda done: self._told(f"{point.name}, judged", done, told), draft
             )
             self._write(name, json.dumps(wins))
+            draft.drop()
         wins = json.loads(file.read_text(encoding="utf-8"))
         judged = zip(asked, wins, strict=True)
         return Estimate.of({prompt: [win] for prompt, win in judged if win is not None})
 
     def _write(self, name: str, text: str) -> None:
-        part = self.folder / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.folder / name)
+        with replacing(self.folder / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def as_guide(path: str) -> Guide:

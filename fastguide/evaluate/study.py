@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from fastguide.assets import resolve
-from fastguide.config import ARGS, FUDGE, VAS, Plain, Rule
+from fastguide.config import Rule, check_strength
 from fastguide.engine.text import Prompt
 from fastguide.evaluate.judge import Judge
-from fastguide.prompts import as_chat, read_file
+from fastguide.evaluate.stamps import stamp
+from fastguide.models.loading import resolve_dtype
+from fastguide.prompts import as_chat
 from fastguide.request import SamplingParams
 
-TAKEN = ("prompt", "sample", "text", "seconds", "prompt_tokens", "finish_reason", "log_ratio")
-"""Names of a response's other fields."""
-
-RULES: dict[str, type] = {"vas": VAS, "args": ARGS, "fudge": FUDGE, "none": Plain}
-"""Rules by their name in a study; ``best-of`` is a method, too."""
+TAKEN = (
+    *("prompt", "sample", "text", "token_ids", "prompt_tokens", "finish_reason", "seconds"),
+    *("logprob", "log_ratio", "judge_seconds"),
+    *("point", "method", "setting", "failed", "example", "runs"),
+    *("policy_flops", "guide_flops", "judge_flops", "tokens_per_second", "seconds_per_response"),
+)
+"""Names of other fields, of a response or of a point's result."""
 
 METRICS = ("reward", "kl", "tokens", "diversity", "coherence", "win_rate", "judged")
 """What a point may have estimates of; rewards besides these have the names the study gives them."""
@@ -42,6 +41,9 @@ class Point:
         sampling: temperature and length; its ``n`` is the responses per prompt.
         best_of: how many of them compete; 1 keeps all.
         policy: path, hub id or packaged name of another policy than the study's; None is that.
+
+    Raises:
+        ValueError: more compete than are sampled, or all of them are alike; a weight is none.
     """
 
     method: str
@@ -51,6 +53,21 @@ class Point:
     sampling: SamplingParams
     best_of: int = 1
     policy: str | None = None
+
+    def __post_init__(self) -> None:
+        n, most = self.best_of, self.sampling.n
+        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+            raise ValueError(
+                f"{self.name} takes the best of {n!r}; allowed are whole numbers from 1 to {most}, "
+                "the n of its sampling"
+            )
+        if n > 1 and self.sampling.temperature == 0:
+            raise ValueError(
+                f"{self.name} takes the best of {n} at temperature 0, where all are the same; "
+                "allowed is more"
+            )
+        for guide, weight in self.weights.items():
+            check_strength(f"{self.name}: the weight of guide {guide!r}", weight)
 
     @property
     def name(self) -> str:
@@ -88,6 +105,10 @@ class Study:
         device: of policy and guides.
         max_rows: responses sampled together.
         chat: prompts are what a user says: the policy's chat template is put around each.
+        trust_remote_code: run code shipped with policies, guides, classifiers and encoders.
+
+    Raises:
+        ValueError: naming the field, what it is and what is allowed.
     """
 
     prompts: Sequence[str]
@@ -103,6 +124,7 @@ class Study:
     device: str | None = None
     max_rows: int = 64
     chat: bool = False
+    trust_remote_code: bool = False
 
     @property
     def asked(self) -> list[Prompt]:
@@ -140,14 +162,20 @@ class Study:
             raise ValueError("a study needs prompts, got none")
         if not self.points:
             raise ValueError("a study needs methods, got none")
+        for name, (fits, allowed) in _FIELDS.items():
+            if not fits(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value!r:.80}; allowed {allowed}")
+        resolve_dtype(self.dtype)
         if odd := set(self.encoder) - {"path", "pooling"}:
             raise ValueError(f"coherence has {sorted(odd)[0]!r}; allowed are path, pooling")
+        if self.coherence is not None and not _is_text(self.encoder.get("path")):
+            raise ValueError(f"coherence is {self.coherence!r}; it needs the path of an encoder")
         if taken := sorted(set(self.held_out) & {*METRICS, *TAKEN}):
             raise ValueError(
                 f"a held-out reward is called {taken[0]!r}, which means something else"
             )
         if self.judge is not None:
-            _made("judge", Judge, self.judge)
+            made("judge", Judge, self.judge)
         names = [point.name for point in self.points]
         for name in names:
             if names.count(name) > 1:
@@ -164,156 +192,76 @@ class Study:
                     raise ValueError(f"{point.name} has guide {guide!r}; the study has {have}")
 
 
-def stamp(path: str | None) -> str:
-    """What tells a model folder from the same folder with other weights; a hub id is itself."""
-    folder = Path(resolve(str(path).removeprefix("reward:"))) if path else None
-    if folder is None or not folder.is_dir():
-        return str(path)
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(2**20))
-    return f"{path} {digest.hexdigest()}"
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
-def stamp_reward(spec: str | Sequence[str]) -> str:
-    """What tells a reward from one of the same name: a classifier's weights, a module's text."""
-    specs = [spec] if isinstance(spec, str) else list(spec)
-    return " + ".join(_stamp_part(text) for text in specs)
+def _is_reward(value: Any) -> bool:
+    """A text, or several, for ``load_reward``."""
+    return _is_text(value) or (
+        isinstance(value, (list, tuple)) and bool(value) and all(map(_is_text, value))
+    )
 
 
-def _stamp_part(text: str) -> str:
-    _, _, rest = text.rpartition("*") if "*" in text.partition(":")[0] else ("", "", text)
-    kind, _, where = rest.partition(":")
-    if kind == "classifier":
-        path = where if Path(where).exists() else where.rpartition("?")[0] or where
-        return f"{text} {stamp(path)}"
-    if where and kind not in ("regex", "checker"):
-        with contextlib.suppress(ImportError, ValueError):
-            found = importlib.util.find_spec(kind)
-            if found is not None and found.origin is not None and Path(found.origin).is_file():
-                return f"{text} {hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()}"
-    return text
-
-
-_NAMES: dict[Any, str] = {
-    bool: "are true and false",
-    list: "is a list",
-    dict: "is a mapping",
-    (list, str): "is a list or the name of a file",
-}
-TYPES: dict[str, Any] = {
-    "prompts": (list, str),
-    "methods": list,
-    "sampling": dict,
-    "guides": dict,
-    "held_out": dict,
-    "judge": dict,
-    "chat": bool,
-}
-"""What entries of a study file are."""
-
-
-def read_study(file: str | Path) -> Study:
-    """A study from a YAML file; see ``docs/evaluate.md``.
-
-    Raises:
-        ValueError: the file cannot be read, or an entry is unknown or not allowed.
-    """
-    import yaml
-
-    path = Path(file)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read the study {str(path)!r}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the study {str(path)!r}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"the study {str(path)!r} must be a mapping of names")
-    known = {f.name for f in dataclasses.fields(Study)} - {"points"} | {"methods", "sampling"}
-    if unknown := sorted(set(raw) - known):
-        raise ValueError(
-            f"the study has the entry {unknown[0]!r}; allowed are {', '.join(sorted(known))}"
+def _are_named(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def fit(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(
+            _is_text(name) and fits(entry) for name, entry in value.items()
         )
-    for name, kind in TYPES.items():
-        if name in raw and not isinstance(raw[name], kind):
-            raise ValueError(f"{name} is {raw[name]!r:.80}; allowed {_NAMES[kind]}")
-    prompts = raw.setdefault("prompts", [])
-    if isinstance(prompts, str):
-        raw["prompts"] = read_file(path.parent / prompts)
-    elif odd := [p for p in prompts if not isinstance(p, str)]:
-        raise ValueError(f"a prompt is {odd[0]!r}; allowed are texts: put it in quotes")
-    if "reward" not in raw:
-        raise ValueError("the study has no reward; for example reward: cheerfulness")
-    base = raw.pop("sampling", {})
-    methods = raw.pop("methods", [])
-    points = [point for method in methods for point in expand(method, base)]
-    return Study(points=points, **raw)
+
+    return fit
 
 
-def _made(where: str, dataclass_: type, given: Mapping[str, Any], *others: str) -> Any:
-    """A dataclass of what was given; ``others`` are names that may stand beside its fields.
+_MODEL = "is a path, a hub id or the name of a packaged model"
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "policy": (lambda value: value is None or _is_text(value), _MODEL),
+    "guides": (_are_named(_is_text), "is a mapping of names to paths or names of packaged guides"),
+    "reward": (_is_reward, "is a text, such as cheerfulness, or a list of texts"),
+    "held_out": (_are_named(_is_reward), "is a mapping of names to rewards"),
+    "coherence": (
+        lambda value: value is None or _is_text(value) or isinstance(value, Mapping),
+        "is the path of an encoder, or a mapping of path and pooling",
+    ),
+    "judge": (lambda value: value is None or isinstance(value, Mapping), "is a mapping"),
+    "device": (lambda value: value is None or _is_text(value), "are cpu, cuda and cuda:N"),
+    "max_rows": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        "are whole numbers from 1",
+    ),
+    "chat": (lambda value: isinstance(value, bool), "are true and false"),
+    "trust_remote_code": (lambda value: isinstance(value, bool), "are true and false"),
+}
+"""Which values of a study's fields are allowed, and how to say so."""
+
+
+def made(where: str, dataclass_: type, given: Mapping[str, Any], *others: str) -> Any:
+    """A dataclass of what was given.
+
+    Args:
+        where: what is given, for errors.
+        dataclass_: to make.
+        given: its fields.
+        others: names that may stand beside its fields in a study's file.
 
     Raises:
-        ValueError: a name is unknown or missing, or a value is of another type.
+        ValueError: a name is unknown or missing, or a value is not allowed.
     """
-    allowed = {*(f.name for f in dataclasses.fields(dataclass_)), *others}
+    fields = dataclasses.fields(dataclass_)
+    allowed = {*(f.name for f in fields), *others}
     if odd := sorted(given.keys() - allowed, key=str):
         raise ValueError(f"{where} has {odd[0]!r}; allowed are {', '.join(sorted(allowed))}")
-    needed = [f.name for f in dataclasses.fields(dataclass_) if _required(f)]
+    needed = [f.name for f in fields if _required(f)]
     if lacking := [name for name in needed if name not in given]:
         raise ValueError(f"{where} lacks {lacking[0]!r}; it needs {', '.join(needed)}")
     try:
         return dataclass_(**given)
     except TypeError as error:
+        raise ValueError(
+            f"{where} is {dict(given)!r:.80}, with a value of the wrong type: {error}"
+        ) from error
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def _required(field_: dataclasses.Field[Any]) -> bool:
     return field_.default is field_.default_factory is dataclasses.MISSING
-
-
-def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
-    """The points of a method: what is a list in it varies, one after the other.
-
-    Raises:
-        ValueError: an unknown rule or setting.
-    """
-    given = dict(method)
-    name = given.pop("name", None)
-    kind = given.pop("rule", None if given.get("guide") else "none")
-    if kind not in (*RULES, "best-of"):
-        where = f" of the method {name!r}" if name else ""
-        raise ValueError(f"rule{where} is {kind!r}; allowed are {', '.join([*RULES, 'best-of'])}")
-    guide = given.pop("guide", None)
-    policy = given.pop("policy", None)
-    if not isinstance(guide, (str, Mapping, type(None))):
-        raise ValueError(
-            f"guide is {guide!r}; allowed are a name and a mapping of names to weights"
-        )
-    weights = {guide: 1.0} if isinstance(guide, str) else dict(guide or {})
-    sampling = dict(base) | given.pop("sampling", {})
-    swept = [key for key, value in given.items() if isinstance(value, list)]
-    if len(swept) > 1:
-        raise ValueError(
-            f"the method {name or kind!r} varies {' and '.join(swept)}; allowed is one"
-        )
-    settings = [{}] if not swept else [{swept[0]: value} for value in given.pop(swept[0])]
-    points = []
-    for setting in settings:
-        options = given | setting
-        best_of = options.pop("n", 1) if kind == "best-of" else 1
-        rule_class = Plain if kind == "best-of" else RULES[kind]
-        where = f"the method {name or kind!r}"
-        rule = _made(where, rule_class, options, "name", "rule", "guide", "policy", "sampling")
-        params = _made(f"sampling of {where}", SamplingParams, sampling)
-        if best_of > params.n:
-            raise ValueError(
-                f"{where} takes the best of {best_of}, but {params.n} "
-                "responses are sampled; raise n of its sampling"
-            )
-        points.append(Point(name or kind, setting, rule, weights, params, best_of, policy))
-    return points

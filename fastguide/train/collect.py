@@ -19,10 +19,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastguide.engine import Engine
+from fastguide.files import Draft
 from fastguide.request import SamplingParams, sample_seed
 from fastguide.rewards import MOST_FAILURES
 from fastguide.train.episodes import Rollout
-from fastguide.train.shards import Draft, Shards
+from fastguide.train.shards import Shards
 
 ROLLOUTS = "rollouts"
 """The series of responses; every other series of a folder is of rewards."""

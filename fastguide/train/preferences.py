@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -139,6 +140,7 @@ def train_reward(
     checkpoint = _begun(config, record)
     tokenizer, where = load_tokenizer(base), resolve(base)
     _pad(tokenizer)
+    torch.manual_seed(config.seed)  # of the head
     with warnings.catch_warnings():  # the head is new: that is the point
         warnings.simplefilter("ignore")
         model = AutoModelForSequenceClassification.from_pretrained(

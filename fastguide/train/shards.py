@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastguide.files import replacing
+from fastguide.files import Draft, replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -191,29 +191,6 @@ class Shards:
             with replacing(file) as part:
                 text = json.dumps(self._manifest, indent=1, sort_keys=True)
                 part.write_text(text, encoding="utf-8")
-
-
-class Draft:
-    """Finished parts of a shard, each on a line of its own; being killed costs the last at most."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def add(self, part: Any) -> None:
-        """Keep a part, plain data."""
-        with self._file.open("ab") as stream:  # begins a line: the last one may be cut off
-            stream.write(b"\n" + json.dumps(part).encode() + b"\n")
-
-    def parts(self) -> Iterator[Any]:
-        """All whole parts."""
-        for line in self._file.read_bytes().split(b"\n") if self._file.is_file() else ():
-            with contextlib.suppress(ValueError):
-                if line:
-                    yield json.loads(line)
-
-    def drop(self) -> None:
-        """The shard is whole."""
-        self._file.unlink(missing_ok=True)
 
 
 def _empty(manifest: dict[str, Any], folder: Path) -> bool:

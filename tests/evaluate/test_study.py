@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -16,93 +17,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastguide import ARGS, VAS, Engine, SamplingParams
+from fastguide import VAS, Engine, SamplingParams
 from fastguide.assets import packaged
+from fastguide.cli.evaluate import evaluate
 from fastguide.config import Plain
 from fastguide.evaluate import Point, Runner, Study, read_study
 from fastguide.evaluate.report import table
-from fastguide.evaluate.study import stamp
-from fastguide.models.value import ValueModel
+from fastguide.evaluate.stamps import stamp
 from fastguide.request import Completion
 from fastguide.rewards import Sample, load_reward
 from fastguide.search import expected_best, kl_of_best
-
-STUDY = """
-prompts: [Once upon a time, Tom had a red ball.]
-reward: cheerfulness
-held_out: {sentiment: vader}
-guides: {cheerful: cheerful}
-dtype: float32
-sampling: {temperature: 0.7, max_tokens: 12, n: 2, seed: 3}
-baseline: plain
-methods:
-  - {name: plain, rule: none}
-  - {name: VAS, rule: vas, guide: cheerful, beta: [0, 4.0], k: 8}
-  - {name: BoN, rule: best-of, n: [1, 3], sampling: {n: 4}}
-"""
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    file = tmp_path / "study.yaml"
-    file.write_text(STUDY)
-    return file
-
-
-def test_lists_become_points(study: Path) -> None:
-    points = read_study(study).points
-    assert [p.name for p in points] == ["plain", "VAS beta=0", "VAS beta=4", "BoN n=1", "BoN n=3"]
-    assert points[2].rule == VAS(beta=4.0, k=8)
-    assert points[2].weights == {"cheerful": 1.0}
-    assert (points[4].rule, points[4].best_of, points[4].sampling.n) == (Plain(), 3, 4)
-    assert points[3].draws == points[4].draws != points[0].draws
-
-
-def test_prompts_may_lie_in_a_file(study: Path) -> None:
-    study.write_text(STUDY.replace("[Once upon a time, Tom had a red ball.]", "lines.txt"))
-    (study.parent / "lines.txt").write_text("One day\n\nA cat\n")
-    assert list(read_study(study).prompts) == ["One day", "A cat"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("dtype:", "dtypo:", "the study has the entry 'dtypo'; allowed are"),
-        ("rule: vas", "rule: vass", "rule of the method 'VAS' is 'vass'; allowed are vas, args"),
-        ("rule: vas, ", "", "rule of the method 'VAS' is None; allowed are vas, args, fudge"),
-        ("reward: cheerfulness", "", "the study has no reward; for example reward: cheer"),
-        ("seed: 3", "sead: 3", "sampling of the method 'plain' has 'sead'; allowed are"),
-        ("[Once upon a time, Tom had a red ball.]", "none.txt", "cannot read prompts from"),
-        ("k: 8", "k: [1, 2]", "varies beta and k; allowed is one"),
-        ("k: 8", "kk: 8", "'VAS' has 'kk'; allowed are beta, fill, guide, k, name"),
-        ("k: 8", "k: 0", "k is 0; allowed are whole numbers from 1"),
-        ("guide: cheerful", "guide: joy", "VAS beta=0 has guide 'joy'; the study has cheerful"),
-        ("n: [1, 3]", "n: [1, 9]", "best of 9, but 4 responses are sampled"),
-        ("baseline: plain", "baseline: plane", "baseline is 'plane'; there are plain, VAS"),
-        ("sentiment:", "kl:", "a held-out reward is called 'kl', which means something else"),
-        ("dtype: float32", "judge: {url: here, model: m}", "url is 'here'; allowed are http://"),
-        ("[0, 4.0]", "[4, 4.0]", "'VAS beta=4' is there 2 times"),
-        ("prompts: [Once upon a time", "promts: [Once", "the study has the entry 'promts'"),
-        ("[Once upon a time, Tom", "[2024, Tom", "a prompt is 2024; allowed are texts"),
-        ("[Once upon a time, Tom had a red ball.]", "{a: b}", "prompts is {'a': 'b'}; allowed"),
-        ("{cheerful: cheerful}", "[cheerful]", r"guides is ['cheerful']; allowed is a mapping"),
-        ("guide: cheerful, ", "", "VAS beta=0 needs a guide, got none"),
-        (
-            "rule: none",
-            "rule: none, guide: cheerful",
-            "plain takes no guide, got {'cheerful': 1.0}",
-        ),
-        ("guide: cheerful", "guide: [cheerful]", r"guide is ['cheerful']; allowed are a name and"),
-        ("dtype: float32", "judge: {uri: x}", "judge has 'uri'; allowed are attempts, batch"),
-        ("dtype: float32", "judge: {url: http://x}", "judge lacks 'model'; it needs url, model"),
-        ("max_tokens: 12", "max_tokens: many", "max_tokens is 'many'; allowed are whole numbers"),
-        ("dtype: float32", "coherence: {pool: x}", "coherence has 'pool'; allowed are path"),
-    ],
-)
-def test_mistakes_are_named(study: Path, old: str, new: str, said: str) -> None:
-    study.write_text(STUDY.replace(old, new))
-    with pytest.raises(ValueError, match=said.replace("[", r"\[")):
-        read_study(study)
 
 
 def test_a_study_measures_what_it_says(study: Path, tmp_path: Path) -> None:
@@ -127,53 +51,14 @@ def test_a_study_measures_what_it_says(study: Path, tmp_path: Path) -> None:
     assert three["reward"]["mean"] == pytest.approx(expected)
     assert three["kl"]["mean"] == kl_of_best(3)
     assert one["reward"]["mean"] == pytest.approx(sum(sum(r) / 4 for r in by_prompt) / 2)
+    tokenizer = AutoTokenizer.from_pretrained(packaged("stories"))
+    texts = [tokenizer.decode(r["token_ids"], skip_special_tokens=True) for r in rows]
+    assert [text.strip() for text in texts] == [r["text"].strip() for r in rows]
     judged = [Sample("", r["text"], r["tokens"]) for r in rows]
     assert [r["reward"] for r in rows] == pytest.approx(load_reward("cheerfulness")(judged))
     text = table(results)
     assert text.count("\n") == 2 + len(results)
     assert "| VAS beta=4 |" in text
-
-
-def test_a_killed_study_goes_on(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = Runner(read_study(study), tmp_path / "whole").run()
-
-    class Killed(Exception):
-        pass
-
-    def kill(what: str, done: int, of: int) -> None:
-        if what == "VAS beta=4" and done == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        Runner(read_study(study), tmp_path / "killed", kill).run()
-    sampled: list[str] = []
-    sample = Runner._sample
-
-    def counted(self: Runner, point: Any) -> Any:
-        sampled.append(point.name)
-        return sample(self, point)
-
-    monkeypatch.setattr(Runner, "_sample", counted)
-    results = Runner(read_study(study), tmp_path / "killed").run()
-    assert sampled == ["VAS beta=4", "BoN n=1"]
-    timing = {"seconds_per_response", "tokens_per_second"}
-    for one, other in zip(results, whole, strict=True):
-        assert {k: v for k, v in one.items() if k not in timing} == {
-            k: v for k, v in other.items() if k not in timing
-        }
-
-
-def test_a_guide_that_was_trained_again_is_measured_again(tmp_path: Path) -> None:
-    model = ValueModel.create("stories", lora_rank=2)
-    model.save_pretrained(tmp_path / "guide")
-    before = stamp(str(tmp_path / "guide"))
-    assert stamp(str(tmp_path / "guide")) == before != stamp("cheerful")
-    torch.nn.init.ones_(model.head.bias)
-    model.save_pretrained(tmp_path / "guide")
-    assert stamp(str(tmp_path / "guide")) != before
-    assert stamp("owner/name") == "owner/name"
 
 
 def test_the_command_writes_results_table_and_plots(study: Path, tmp_path: Path) -> None:
@@ -201,11 +86,6 @@ def test_the_command_writes_results_table_and_plots(study: Path, tmp_path: Path)
     )
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: cannot read the study 'none.yaml'")
-
-
-def test_rules_of_a_study_are_those_of_the_engine(study: Path) -> None:
-    study.write_text(STUDY.replace("rule: vas", "rule: args").replace("beta:", "weight:"))
-    assert read_study(study).points[2].rule == ARGS(weight=4.0, k=8)
 
 
 def test_another_policy_is_compared_by_its_distance_from_the_first(tmp_path: Path) -> None:
@@ -264,11 +144,6 @@ def test_policies_with_other_tokenizers_have_no_distance(tmp_path: Path) -> None
     assert result["kl"]["mean"] is None
 
 
-def test_a_method_may_name_its_policy(study: Path) -> None:
-    study.write_text(STUDY.replace("{name: plain, rule: none}", "{name: plain, policy: stories}"))
-    assert read_study(study).points[0].policy == "stories"
-
-
 def test_kl_is_from_the_policy_at_one_temperature(tmp_path: Path) -> None:
     """Also of what was not drawn, and of what was drawn at another temperature."""
     usual = SamplingParams(temperature=0.7, max_tokens=4, n=64, seed=0)
@@ -312,7 +187,7 @@ def test_what_measures_differently_measures_again(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     module = tmp_path / "wordy.py"
-    study.write_text(STUDY.replace("sentiment: vader", "words: 'wordy:count'"))
+    study.write_text(study.read_text().replace("sentiment: vader", "words: 'wordy:count'"))
 
     def run(code: str) -> float:
         sys.modules.pop("wordy", None)
@@ -327,8 +202,59 @@ def test_what_measures_differently_measures_again(
     assert run(body.format("2.0 * len(response.split())")) == 2 * once
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("reward: cheerfulness", "reward: joy", "reward is 'joy'; allowed are cheerfulness"),
+        ("sentiment: vader", "sentiment: joy", "held_out 'sentiment': reward is 'joy'; allowed"),
+        ("dtype: float32", "device: moon", "device is 'moon'; allowed are cpu, cuda"),
+        ("rule: none", "rule: none, policy: ./none", "no model at './none'"),
+        ("cheerful: cheerful", "cheerful: ./none", "no guide at './none'"),
+        ("rule: vas", "rule: fudge", "FUDGE beta=0, prompt 0: guide 'cheerful' is a value model"),
+        ("Once upon a time", "'and and and" + " and" * 1100 + "'", "plain, prompt 0: the prompt h"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_sampled(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, said: str
+) -> None:
+    monkeypatch.setattr(Engine, "completions", None)
+    text = study.read_text().replace(old, new)
+    if "fudge" in new:
+        text = text.replace("name: VAS", "name: FUDGE").replace("beta: [0, 4.0]", "weight: [0, 4]")
+        said = said.replace("beta", "weight")
+    study.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Runner(read_study(study), tmp_path / "out").run()
+
+
+def test_missing_plots_are_said_before_anything_is_sampled(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(Runner, "run", None)
+    with pytest.raises(ImportError, match=r"plots need matplotlib: pip install 'fastguide\[eval"):
+        evaluate(str(study), str(tmp_path / "out"))
+
+
+def test_guided_best_of_n_is_measured(study: Path, tmp_path: Path) -> None:
+    study.write_text(
+        study.read_text()
+        .replace("beta: [0, 4.0], k: 8", "beta: 4.0, k: 8, best_of: [1, 2]")
+        .replace("  - {name: BoN, rule: best-of, n: [1, 3], sampling: {n: 4}}\n", "")
+    )
+    runner = Runner(read_study(study), tmp_path / "out")
+    plain, one, two = runner.run()
+    rows = runner.responses(runner.study.points[1])
+    best = [max(r["reward"] for r in rows if r["prompt"] == p) for p in (0, 1)]
+    assert two["reward"]["mean"] == pytest.approx(statistics.fmean(best))
+    assert two["kl"]["mean"] > one["kl"]["mean"] > plain["kl"]["mean"]
+    assert two["guide_flops"] > 1.5 * one["guide_flops"] > 0
+
+
 def test_too_many_failures_stop_a_study(study: Path, tmp_path: Path) -> None:
-    study.write_text(STUDY.replace("sentiment: vader", "'checked': 'checker:./nowhere-at-all'"))
+    study.write_text(
+        study.read_text().replace("sentiment: vader", "'checked': 'checker:./nowhere-at-all'")
+    )
     said = (
         r"reward checker:.* failed on 4 of 4 samples \(allowed are 5 %\), first on plain, prompt 0"
     )
