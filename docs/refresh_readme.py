@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastguide.evaluate import difference_table
 from fastguide.evaluate.report import at_equal_kl, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,8 +193,8 @@ def _costs(result: dict[str, Any]) -> list[str]:
 def errors(name: str) -> str:
     """Monte-Carlo errors of guides."""
     lines = [
-        "| guide | MSE | seeds | explained variance |",
-        "| --- | ---: | --- | ---: |",
+        "| guide | MSE | seeds | explained variance | MSE above the first |",
+        "| --- | ---: | --- | ---: | ---: |",
     ]
     record = experiment(name)["errors"]
     for guide, e in record.items():
@@ -201,12 +202,18 @@ def errors(name: str) -> str:
         mse, explained = e["mse"], e["explained_variance"]
         lines.append(
             f"| {guide} | {mse['mean']:.3f} ({mse['low']:.3f} to {mse['high']:.3f}) | {seeds} "
-            f"| {explained['mean']:.0%} ({explained['low']:.0%} to {explained['high']:.0%}) |"
+            f"| {explained['mean']:.0%} ({explained['low']:.0%} to {explained['high']:.0%}) "
+            f"| {_mean(e['more'], '+.3f') if 'more' in e else ''} |"
         )
     noise = next(iter(record.values()))["noise"]
     prefixes = next(iter(record.values()))["prefixes"]
     lines += ["", f"{prefixes} prefixes; the labels' own noise is {noise:.3f} of each error."]
     return "\n".join(lines)
+
+
+def apart(name: str) -> str:
+    """Rewards of methods two by two at equal KL, paired by prompt."""
+    return difference_table(experiment(name)["differences"]).rstrip()
 
 
 def accuracies() -> str:
@@ -236,14 +243,17 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "equal-kl": functools.partial(equal_kl, "frontier", KLS),
         "equal-kl-vader": functools.partial(equal_kl, "frontier", KLS, "vader"),
         "equal-reward": equal_reward,
+        "differences": functools.partial(apart, "frontier"),
     },
     "ablations": {
         "errors": functools.partial(errors, "ablations"),
         "equal-kl": functools.partial(equal_kl, "ablations", KLS),
+        "differences": functools.partial(apart, "ablations"),
     },
     "guides": {
         "errors": functools.partial(errors, "guides"),
-        "equal-kl": functools.partial(equal_kl, "guides", (0.5, 1.0, 2.0, 4.0)),
+        "equal-kl": functools.partial(equal_kl, "guides", (1.0, 2.0, 4.0, 6.0)),
+        "differences": functools.partial(apart, "guides"),
     },
     "brevity": {},
     "composition": {},

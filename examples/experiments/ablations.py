@@ -11,17 +11,18 @@ import argparse
 import functools
 
 from common import (
+    compared,
     held_out,
     measure,
     monte_carlo,
     options,
     other_held_out,
+    paired,
     parallel,
     responses,
     sampling,
     stage,
     train,
-    validated,
     write,
 )
 from frontier import MAX_TOKENS, REWARD, guide_folder
@@ -56,15 +57,17 @@ def main() -> None:
             for name, lam in LAMBDAS.items()
         ]
         parallel(jobs, asked.processes)
-        errors = {
-            f"TD({lam:g})": validated([guide_folder(asked.work, name, s) for s in seeds], halves)
+        folders = {
+            f"TD({lam:g})": [guide_folder(asked.work, name, s) for s in seeds]
             for name, lam in LAMBDAS.items()
         }
+        errors = compared(folders, halves)
     with stage("measuring"):
         studies = {asked.work / f"ablations-{s}": study(asked, s) for s in seeds}
         results = measure(studies, asked.processes)
     folder = asked.results / "ablations"
-    write(folder, results, asked, errors=errors)
+    apart = paired(studies, [("VAS", "no fill"), ("VAS", "TD(0)")])
+    write(folder, results, asked, errors=errors, differences=apart)
     by_k = [r for r in results if r["method"] == CANDIDATES_AT]
     by_beta = [r for r in results if "beta" in r["setting"]]
     frontier(by_beta, folder / "frontier.png", title="Mean fill, no fill, TD(0)")

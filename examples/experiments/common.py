@@ -31,6 +31,8 @@ from prompts import heldout_prompts, read_stories, training_prompts  # noqa: E40
 
 from fastguide import Engine, SamplingParams  # noqa: E402
 from fastguide.evaluate import Point, Runner, Study  # noqa: E402
+from fastguide.evaluate.differences import differences  # noqa: E402
+from fastguide.evaluate.metrics import Estimate  # noqa: E402
 from fastguide.evaluate.report import pooled, table  # noqa: E402
 from fastguide.models.value import ValueModel  # noqa: E402
 from fastguide.rewards import load_reward  # noqa: E402
@@ -38,13 +40,15 @@ from fastguide.train.collect import CollectConfig, collect, read  # noqa: E402
 from fastguide.train.fudge import FudgeConfig  # noqa: E402
 from fastguide.train.guides import early_stopping, train_guide  # noqa: E402
 from fastguide.train.labels import label  # noqa: E402
-from fastguide.train.validation import make_validation, validate  # noqa: E402
+from fastguide.train.validation import make_validation, squared_errors, validate  # noqa: E402
 from fastguide.train.value import ValueConfig  # noqa: E402
 
 Job = Callable[[], Any]
 TEMPERATURE = 0.7
 BATCH = 32
 METRICS_FILE = "metrics.json"
+KLS = (1.0, 2.0, 3.0, 4.0, 8.0)
+"""At which methods are compared, in nats per response."""
 
 
 def options(title: str, **more: int) -> argparse.Namespace:
@@ -210,6 +214,28 @@ def train(
     (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
+def compared(guides: Mapping[str, Sequence[Path]], halves: Path) -> dict[str, dict[str, Any]]:
+    """``validated`` of each guide, and by how much its error is more than the first one's.
+
+    ``more`` is that difference, prefix by prefix and seed by seed, with the half-width of its 95 %
+    interval: Student's over prefixes, widened by that over seeds.
+    """
+    found = {name: validated(folders, halves) for name, folders in guides.items()}
+    errors = {
+        name: [squared_errors(ValueModel.from_pretrained(f).eval(), halves) for f in folders]
+        for name, folders in guides.items()
+    }
+    first, *others = errors
+    for name in others:
+        runs = [
+            Estimate.of({i: [x - y] for i, (x, y) in enumerate(zip(ours, theirs, strict=True))})
+            for ours, theirs in zip(errors[name], errors[first], strict=True)
+        ]
+        (more,) = pooled([[{"more": dataclasses.asdict(run)}] for run in runs])
+        found[name]["more"] = {key: more["more"][key] for key in ("mean", "ci95")}
+    return found
+
+
 def validated(folders: Sequence[Path], halves: Path) -> dict[str, Any]:
     """Monte-Carlo errors of guides that differ in their seeds, in variances of the reward.
 
@@ -268,6 +294,18 @@ def measure(studies: dict[Path, Study], processes: int) -> list[dict[str, Any]]:
 def _work(point: Point) -> float:
     """Rows that a point scores, roughly."""
     return point.sampling.n * (1 + sum(1 for w in point.weights.values() if w) * point.rule.k)
+
+
+def paired(
+    studies: Mapping[Path, Study], pairs: Sequence[tuple[str, str]], kls: Sequence[float] = KLS
+) -> dict[str, Any]:
+    """Of methods two by two, what the first one's reward is above the other's at equal KL."""
+    runners = [Runner(study, folder) for folder, study in studies.items()]
+    methods = dict.fromkeys(method for pair in pairs for method in pair)
+    points = {method: [runner.frontier(method) for runner in runners] for method in methods}
+    return {
+        f"{one} − {other}": differences(points[one], points[other], kls) for one, other in pairs
+    }
 
 
 def write(

@@ -21,6 +21,7 @@ from common import (
     held_out,
     measure,
     options,
+    paired,
     parallel,
     responses,
     sampling,
@@ -63,7 +64,16 @@ def main() -> None:
         needed = {p.name: candidates(p, first, where) for p in first.points if p.method == "VAS"}
     folder = asked.results / "frontier"
     k = VAS().k
-    write(folder, results, asked, mass=MASS, k=k, candidates=needed)
+    against = ("FUDGE", "Online FUDGE", "ARGS, stochastic")
+    write(
+        folder,
+        results,
+        asked,
+        mass=MASS,
+        k=k,
+        candidates=needed,
+        differences=paired(studies, [("VAS", other) for other in against]),
+    )
     frontier(results, folder / "frontier.png", title="Cheerfulness, three seeds")
     held_out = "Held-out: VADER of the whole text"
     frontier(results, folder / "frontier-vader.png", y="vader", title=held_out)

@@ -16,17 +16,18 @@ from typing import Any
 from common import (
     METRICS_FILE,
     Job,
+    compared,
     held_out,
     measure,
     monte_carlo,
     options,
     other_held_out,
+    paired,
     parallel,
     responses,
     sampling,
     stage,
     train,
-    validated,
     write,
 )
 from frontier import MAX_TOKENS, REWARD, guide_folder
@@ -39,6 +40,7 @@ from fastguide.evaluate import Point, Study
 from fastguide.evaluate.report import frontier
 
 BETAS = (2.0, 4.0, 8.0)
+KLS = (1.0, 2.0, 4.0, 6.0)
 SHARES = (8, 3)
 """Of the prompts: an eighth and a third; the whole is the frontier's guide."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -96,15 +98,17 @@ def main() -> None:
         parallel(jobs, asked.processes)
         whole = f"{2 * asked.prompts:,} responses, all weights"
         names = {whole: "vas"} | {name: slug(name) for name in (*sizes, *KINDS)}
-        errors = {
-            name: validated([guide_folder(asked.work, folder, s) for s in seeds], halves)
+        folders = {
+            name: [guide_folder(asked.work, folder, s) for s in seeds]
             for name, folder in names.items()
         }
+        errors = compared(folders, halves)
     with stage("measuring"):
         studies = {asked.work / f"guides-{s}": study(asked, names, s) for s in seeds}
         results = measure(studies, asked.processes)
     folder = asked.results / "guides"
-    write(folder, results, asked, errors=errors, learning_rates=rates)
+    apart = paired(studies, [(whole, other) for other in names if other != whole], KLS)
+    write(folder, results, asked, errors=errors, learning_rates=rates, differences=apart)
     for file, others, title in (
         ("responses.png", sizes, "Responses trained on"),
         ("weights.png", KINDS, "What is trained"),

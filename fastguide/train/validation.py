@@ -219,13 +219,37 @@ def _discounted(tokens: int, gamma: float) -> float:
     return sum(gamma**i for i in range(1, tokens + 1)) if gamma != 1.0 else float(tokens)
 
 
-@torch.inference_mode()
 def validate(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> Validation:
     """Measure a value model against a validation set.
 
     Raises:
         ValueError: as ``labels``.
     """
+    pairs, rewards = _compared(model, folder, batch_size)
+    spreads = [statistics.variance(row) for row in rewards if len(row) > 1]
+    usual = statistics.fmean(spreads) if spreads else math.nan
+    noise = statistics.fmean(
+        statistics.variance(row) / len(row) if len(row) > 1 else usual for row in rewards
+    )
+    return Validation(
+        mse=_interval(pairs, _mse),
+        explained_variance=_interval(pairs, _explained),
+        noise=noise,
+        correlation=_interval(pairs, _correlation),
+        prefixes=len(pairs),
+    )
+
+
+def squared_errors(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> list[float]:
+    """Of each prefix of a validation set, to compare guides prefix by prefix; see ``validate``."""
+    return [(value - label) ** 2 for value, label in _compared(model, folder, batch_size)[0]]
+
+
+@torch.inference_mode()
+def _compared(
+    model: ValueModel, folder: str | Path, batch_size: int
+) -> tuple[list[tuple[float, float]], list[list[float]]]:
+    """Value and label of each prefix, and the returns that the label is the mean of."""
     scale = model.config.reward
     prefixes, rewards = labels(folder, model.config)
     device = next(model.head.parameters()).device
@@ -242,19 +266,7 @@ def validate(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> 
     if scale.per_token:  # a value's shift is that of all prefixes
         shift = statistics.fmean(means) - statistics.fmean(values)
         values = [value + shift for value in values]
-    spreads = [statistics.variance(row) for row in rewards if len(row) > 1]
-    usual = statistics.fmean(spreads) if spreads else math.nan
-    noise = statistics.fmean(
-        statistics.variance(row) / len(row) if len(row) > 1 else usual for row in rewards
-    )
-    pairs = list(zip(values, means, strict=True))
-    return Validation(
-        mse=_interval(pairs, _mse),
-        explained_variance=_interval(pairs, _explained),
-        noise=noise,
-        correlation=_interval(pairs, _correlation),
-        prefixes=len(pairs),
-    )
+    return list(zip(values, means, strict=True)), rewards
 
 
 Pairs = Sequence[tuple[float, float]]
