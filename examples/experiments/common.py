@@ -13,7 +13,6 @@ import functools
 import json
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -46,7 +45,6 @@ from fastguide.train.value import ValueConfig  # noqa: E402
 Job = Callable[[], Any]
 TEMPERATURE = 0.7
 BATCH = 32
-METRICS_FILE = "metrics.json"
 KLS = (1.0, 2.0, 3.0, 4.0, 8.0)
 """At which methods are compared, in nats per response."""
 
@@ -158,9 +156,9 @@ def train(
     patience: int | None = None,
     **config: Any,
 ) -> None:
-    """Train a guide into ``folder``, where ``METRICS_FILE`` says how, and what validation found.
+    """Train a guide into ``folder``; a file beside it says how, and what validation found.
 
-    A guide that is there is kept if it was trained in the same way, and else trained anew.
+    A guide that is there is kept if it was trained in the same way, and else refused.
 
     Args:
         folder: of the guide.
@@ -191,13 +189,19 @@ def train(
     if patience is not None:
         more, callbacks = early_stopping(kind, patience)
         settings |= more
+    how = {"value": ValueConfig, "fudge": FudgeConfig}[kind](output_dir=str(folder), **settings)
     about = {"data": data.name, "labels": labels, "kind": kind, "base": Path(base).name}
     about |= {"model": model, "patience": patience, **settings}
-    if (folder / METRICS_FILE).is_file():
-        if json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["settings"] == about:
-            return
-        shutil.rmtree(folder)
-    how = {"value": ValueConfig, "fudge": FudgeConfig}[kind](output_dir=str(folder), **settings)
+    about |= {name: getattr(how, name) for name in ("gamma", "lam") if hasattr(how, name)}
+    if metrics_file(folder).is_file():
+        before = metrics_of(folder)["settings"]
+        if different := sorted(n for n in {*about, *before} if about.get(n) != before.get(n)):
+            name = different[0]
+            raise ValueError(
+                f"{folder} was trained with {name} {before.get(name)!r}, not {about.get(name)!r}; "
+                "delete it, or choose another --work"
+            )
+        return
     started = time.perf_counter()
     metrics = train_guide(
         kind,
@@ -211,7 +215,18 @@ def train(
     )
     metrics["seconds"] = time.perf_counter() - started
     text = json.dumps({"settings": about, **metrics}, indent=1)
-    (folder / METRICS_FILE).write_text(text + "\n", encoding="utf-8")
+    metrics_file(folder).write_text(text + "\n", encoding="utf-8")
+
+
+def metrics_file(folder: Path) -> Path:
+    """What is known of a guide's training: beside its folder, whose contents studies go by."""
+    return folder.with_name(f"{folder.name}.json")
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """Validation metrics of a guide, ``settings`` and ``seconds`` of its training."""
+    found: dict[str, Any] = json.loads(metrics_file(folder).read_text(encoding="utf-8"))
+    return found
 
 
 def compared(guides: Mapping[str, Sequence[Path]], halves: Path) -> dict[str, dict[str, Any]]:
@@ -243,10 +258,6 @@ def validated(folders: Sequence[Path], halves: Path) -> dict[str, Any]:
     prefixes; ``seeds`` has the single errors, and ``seconds`` the mean time of training.
     """
     found = [validate(ValueModel.from_pretrained(folder).eval(), halves) for folder in folders]
-    seconds = [
-        json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["seconds"]
-        for folder in folders
-    ]
 
     def mean(name: str) -> dict[str, float]:
         intervals = [dataclasses.asdict(getattr(one, name)) for one in found]
@@ -258,7 +269,7 @@ def validated(folders: Sequence[Path], halves: Path) -> dict[str, Any]:
         "noise": statistics.fmean(one.noise for one in found),
         "seeds": [one.mse.mean for one in found],
         "prefixes": found[0].prefixes,
-        "seconds": statistics.fmean(seconds),
+        "seconds": statistics.fmean(metrics_of(folder)["seconds"] for folder in folders),
     }
 
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 from common import (
-    METRICS_FILE,
     Job,
     compared,
     held_out,
     measure,
+    metrics_of,
     monte_carlo,
     options,
     other_held_out,
@@ -180,8 +179,7 @@ def choose_rates(asked: argparse.Namespace, few: int) -> dict[str, float]:
     parallel(jobs, asked.processes)
 
     def error(kind: str, rate: float) -> float:
-        file = guide_folder(asked.work, slug(name(kind, rate)), 0) / METRICS_FILE
-        return float(json.loads(file.read_text(encoding="utf-8"))["eval_mse"])
+        return float(metrics_of(guide_folder(asked.work, slug(name(kind, rate)), 0))["eval_mse"])
 
     return {kind: min(RATES, key=lambda rate, k=kind: error(k, rate)) for kind in KINDS}
 
