@@ -192,19 +192,21 @@ def _costs(result: dict[str, Any]) -> list[str]:
 
 def errors(name: str) -> str:
     """Monte-Carlo errors of guides."""
-    lines = [
-        "| guide | MSE | seeds | explained variance | MSE above the first |",
-        "| --- | ---: | --- | ---: | ---: |",
-    ]
     record = experiment(name)["errors"]
+    more = any("more" in e for e in record.values())
+    lines = [
+        f"| guide | MSE | seeds | explained variance |{' MSE above the first |' * more}",
+        f"| --- | ---: | --- | ---: |{' ---: |' * more}",
+    ]
     for guide, e in record.items():
         seeds = ", ".join(f"{x:.3f}" for x in e["seeds"])
         mse, explained = e["mse"], e["explained_variance"]
         lines.append(
             f"| {guide} | {mse['mean']:.3f} ({mse['low']:.3f} to {mse['high']:.3f}) | {seeds} "
-            f"| {explained['mean']:.0%} ({explained['low']:.0%} to {explained['high']:.0%}) "
-            f"| {_mean(e['more'], '+.3f') if 'more' in e else ''} |"
+            f"| {explained['mean']:.0%} ({explained['low']:.0%} to {explained['high']:.0%}) |"
         )
+        if more:
+            lines[-1] += f" {_mean(e['more'], '+.3f') if 'more' in e else ''} |"
     noise = next(iter(record.values()))["noise"]
     prefixes = next(iter(record.values()))["prefixes"]
     lines += ["", f"{prefixes} prefixes; the labels' own noise is {noise:.3f} of each error."]
@@ -259,13 +261,14 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "composition": {},
     "preferences": {"accuracies": accuracies},
 }
-"""The blocks of each experiment's page, beside that of all points."""
+"""What each experiment's page may show, beside all points."""
 
 for _name, _blocks in BLOCKS.items():
     _page = EXPERIMENTS / _name / "README.md"
-    if _page.is_file():
-        TABLES[f"{_name}-points"] = (_page, functools.partial(points, _name))
-        TABLES |= {f"{_name}-{block}": (_page, make) for block, make in _blocks.items()}
+    _text = _page.read_text(encoding="utf-8") if _page.is_file() else ""
+    for _block, _make in {"points": functools.partial(points, _name), **_blocks}.items():
+        if f"<!-- {_name}-{_block} -->" in _text:
+            TABLES[f"{_name}-{_block}"] = (_page, _make)
 
 
 def replaced(text: str, name: str, block: str) -> str:
