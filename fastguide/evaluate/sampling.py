@@ -26,7 +26,12 @@ def check(engine: Engine, points: Sequence[Point], prompts: Sequence[Prompt]) ->
     Raises:
         ValueError: naming point and prompt, and what is wrong.
     """
-    tokens = [encode(engine.tokenizer, prompt) for prompt in prompts]
+    tokens: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        try:
+            tokens.append(encode(engine.tokenizer, prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {i}: {error}") from error
     for point in points:
         weights = dict(point.weights) or None
         for i, ids in enumerate(tokens):

@@ -211,6 +211,7 @@ def test_what_measures_differently_measures_again(
         ("rule: none", "rule: none, policy: ./none", "no model at './none'"),
         ("cheerful: cheerful", "cheerful: ./none", "no guide at './none'"),
         ("rule: vas", "rule: fudge", "FUDGE beta=0, prompt 0: guide 'cheerful' is a value model"),
+        ("Once upon a time", "''", "prompt 0: "),
         ("Once upon a time", "'and and and" + " and" * 1100 + "'", "plain, prompt 0: the prompt h"),
     ],
 )
