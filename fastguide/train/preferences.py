@@ -30,6 +30,7 @@ from fastguide.models.loading import load_tokenizer, one_line
 from fastguide.train.checkpoints import check_same, last_checkpoint, train_from
 from fastguide.train.settings import (
     HYPERPARAMETERS,
+    check_processes,
     check_reports,
     check_whole,
     measures,
@@ -222,6 +223,7 @@ def _begun(config: Any, record: dict[str, Any]) -> str | None:
     """
     check_reports(config)
     check_whole(config)
+    check_processes(config)
     found = last_checkpoint(Path(config.output_dir), RECORD_FILE)
     if found is not None:
         theirs = json.loads((Path(found) / RECORD_FILE).read_text(encoding="utf-8"))

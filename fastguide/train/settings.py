@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Iterable
 from numbers import Real
@@ -95,7 +96,10 @@ class PrefixConfig(TrainingArguments):
             raise ValueError(f"ema must be None or lie in (0, 1), got {self.ema}")
         if self.length_pool < 1:
             raise ValueError(f"length_pool must be at least 1, got {self.length_pool}")
+        if not torch.accelerator.is_available():  # else several processes would not find each other
+            self.use_cpu = True
         super().__post_init__()
+        check_processes(self)
         check_reports(self)
         if not torch.cuda.is_available():  # else every run begins with a warning
             self.dataloader_pin_memory = False
@@ -114,6 +118,19 @@ def check_numbers(config: type, given: dict[str, Any]) -> None:
         if not isinstance(value, Real) and not (value is None and NoneType in allowed):
             kinds = "True and False" if bool in allowed else "numbers"
             raise ValueError(f"{name} is {value!r}; allowed are {kinds}")
+
+
+def check_processes(config: TrainingArguments) -> None:
+    """Refuse, by a ValueError, processes that were started together and do not know each other.
+
+    Each would train on everything, and all of them into one folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if config.world_size != started:
+        raise ValueError(
+            f"{started} processes were started, of which each knows {config.world_size}; on a CPU, "
+            "use_cpu=True lets them find each other"
+        )
 
 
 def check_whole(config: TrainingArguments) -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from fastguide.models.value import ValueModel
 from fastguide.rewards import load_reward
 from fastguide.train.collect import read
 from fastguide.train.guides import is_held_out
+from fastguide.train.settings import check_processes
 from fastguide.train.validation import make_validation, validate
 
 pytestmark = pytest.mark.slow
@@ -106,7 +108,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 def test_the_command_speaks_once(
     engine: Engine, decode: Any, data: Path, tmp_path: Path, kind: str
 ) -> None:
-    """As docs/train.md launches it: one process says what there is to say, and validates."""
+    """As docs/train.md launches it on a CPU: one process says all there is, and validates."""
     words = ["train", kind, data, "--out", tmp_path / "guide", "--lora-rank", 2, "--epochs", 1]
     words += ["--held-out", 0.3, "--set", "disable_tqdm=True", "--patience", 1]
     if kind == "value":
@@ -115,8 +117,9 @@ def test_the_command_speaks_once(
         made = {"max_tokens": 20, "completions": 2, "held_out": 0.3}
         make_validation(engine, rollouts, tmp_path / "set", reward, decode, **made)
         words += ["--validation", tmp_path / "set"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    launch += ["--cpu", "--main_process_port", "0", "-m", "fastguide.cli", *map(str, words)]
+    # What accelerate launch starts for several GPUs; without one it would start one process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += ["-m", "fastguide.cli", *map(str, words)]
     done = subprocess.run(
         launch, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=500
     )
@@ -132,3 +135,10 @@ def test_the_command_speaks_once(
         model = ValueModel.from_pretrained(tmp_path / "guide", dtype=torch.float32)
         assert kept["mc_mse"] == pytest.approx(validate(model, tmp_path / "set").mse.mean, rel=1e-4)
     assert "find_unused_parameters" not in done.stderr
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone: Any = SimpleNamespace(world_size=1)
+    with pytest.raises(ValueError, match="2 processes were started, of which each knows 1"):
+        check_processes(alone)
