@@ -29,6 +29,7 @@ sys.path.append(str(ROOT / "examples/stories"))
 from prompts import heldout_prompts, read_stories, training_prompts  # noqa: E402
 
 from fastguide import Engine, SamplingParams  # noqa: E402
+from fastguide.engine.text import decoder  # noqa: E402
 from fastguide.evaluate import Point, Runner, Study  # noqa: E402
 from fastguide.evaluate.differences import differences  # noqa: E402
 from fastguide.evaluate.metrics import Estimate  # noqa: E402
@@ -112,7 +113,7 @@ def responses(
     config = CollectConfig(samples_per_prompt=2, max_tokens=max_tokens, seed=1)
     collect(engine, ids, folder, config, policy=engine.policy)
     for name, reward in rewards.items():
-        label(folder, load_reward(reward), functools.partial(_text, engine), name=name)
+        label(folder, load_reward(reward), decoder(engine.tokenizer), name=name)
 
 
 def monte_carlo(
@@ -129,15 +130,11 @@ def monte_carlo(
         list(read(source)),
         folder,
         load_reward(reward),
-        functools.partial(_text, engine),
+        decoder(engine.tokenizer),
         max_tokens=max_tokens,
         completions=completions,
         seed=2,
     )
-
-
-def _text(engine: Engine, ids: Sequence[int]) -> str:
-    return str(engine.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 # -------------------------------------------------------------------------------- training
@@ -232,14 +229,16 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 def compared(guides: Mapping[str, Sequence[Path]], halves: Path) -> dict[str, dict[str, Any]]:
     """``validated`` of each guide, and by how much its error is more than the first one's.
 
+    ``seconds`` is the mean time of its training.
     ``more`` is that difference, prefix by prefix and seed by seed, with the half-width of its 95 %
     interval: Student's over prefixes, widened by that over seeds.
     """
-    found = {name: validated(folders, halves) for name, folders in guides.items()}
-    errors = {
-        name: [squared_errors(ValueModel.from_pretrained(f).eval(), halves) for f in folders]
-        for name, folders in guides.items()
-    }
+    found, errors = {}, {}
+    for name, folders in guides.items():
+        models = [ValueModel.from_pretrained(folder).eval() for folder in folders]
+        found[name] = validated(models, halves)
+        found[name]["seconds"] = statistics.fmean(metrics_of(f)["seconds"] for f in folders)
+        errors[name] = [squared_errors(model, halves) for model in models]
     first, *others = errors
     for name in others:
         runs = [
@@ -251,13 +250,13 @@ def compared(guides: Mapping[str, Sequence[Path]], halves: Path) -> dict[str, di
     return found
 
 
-def validated(folders: Sequence[Path], halves: Path) -> dict[str, Any]:
+def validated(models: Sequence[ValueModel], halves: Path) -> dict[str, Any]:
     """Monte-Carlo errors of guides that differ in their seeds, in variances of the reward.
 
     ``mse`` and ``explained_variance`` are their means, with the mean bounds of the intervals over
-    prefixes; ``seeds`` has the single errors, and ``seconds`` the mean time of training.
+    prefixes; ``seeds`` has the single errors.
     """
-    found = [validate(ValueModel.from_pretrained(folder).eval(), halves) for folder in folders]
+    found = [validate(model, halves) for model in models]
 
     def mean(name: str) -> dict[str, float]:
         intervals = [dataclasses.asdict(getattr(one, name)) for one in found]
@@ -269,7 +268,6 @@ def validated(folders: Sequence[Path], halves: Path) -> dict[str, Any]:
         "noise": statistics.fmean(one.noise for one in found),
         "seeds": [one.mse.mean for one in found],
         "prefixes": found[0].prefixes,
-        "seconds": statistics.fmean(metrics_of(folder)["seconds"] for folder in folders),
     }
 
 

@@ -133,6 +133,7 @@ def _with_ray(
     from fastguide import assets
     from fastguide.engine.progress import progress
     from fastguide.models.loading import load_tokenizer
+    from fastguide.train.collect import responses_of
     from fastguide.train.ray_data import collect_with_ray, label_with_ray
 
     if rewards:  # mistakes are told before anything is sampled
@@ -159,7 +160,7 @@ def _with_ray(
         )
     _say_collected(shards)
     if rewards:
-        total = _responses(shards)
+        total = responses_of(shards)
         with progress(total, wanted=True, what="rewards") as note:
             shards = label_with_ray(
                 out,
@@ -183,9 +184,9 @@ def policy_of(shards: Shards) -> str:
 
 
 def _say_collected(shards: Shards) -> None:
-    from fastguide.train.collect import ROLLOUTS, failures
+    from fastguide.train.collect import ROLLOUTS, failures, responses_of
 
-    failed, rows = failures(shards, ROLLOUTS), _responses(shards)
+    failed, rows = failures(shards, ROLLOUTS), responses_of(shards)
     left_out = f"; {failed} of prompts that are empty or too long are left out" if failed else ""
     typer.echo(f"{rows} responses of {shards.about['policy']} in {shards.folder}{left_out}")
 
@@ -205,12 +206,6 @@ def _say_interrupted(folder: str, of: int) -> None:
         done = kept(Shards(folder))
     note = f"{done} of {of} responses are in {folder}; the same command continues"
     typer.echo(f"interrupted: {note}", err=True)
-
-
-def _responses(shards: Shards) -> int:
-    from fastguide.train.collect import ROLLOUTS
-
-    return sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
 
 
 def label(
@@ -253,9 +248,10 @@ def _label(
 ) -> None:
     from fastguide.engine.progress import progress
     from fastguide.engine.text import decoder
+    from fastguide.train.collect import responses_of
     from fastguide.train.labels import label
 
-    total = _responses(shards)
+    total = responses_of(shards)
     with progress(total, wanted=True, what="rewards") as note:
         shards = label(
             shards.folder,

@@ -13,9 +13,7 @@ from fastguide.prompts import read_file
 from fastguide.request import SamplingParams
 
 RULES: dict[str, type] = {"vas": VAS, "args": ARGS, "fudge": FUDGE, "none": Plain}
-"""Rules by their name in a study; ``best-of`` is a method, too."""
-
-BEST_OF = "best-of"
+"""Rules by their name in a study."""
 
 _KINDS: dict[str, tuple[Any, str]] = {
     "prompts": ((list, str), "is a list or the name of a file"),
@@ -81,9 +79,9 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
     if not isinstance(name, (str, type(None))):
         raise ValueError(f"the name of a method is {name!r}; allowed are texts: put it in quotes")
     kind = given.pop("rule", None if given.get("guide") else "none")
-    if kind not in (*RULES, BEST_OF):
+    if kind not in RULES:
         where = f" of the method {name!r}" if name else ""
-        raise ValueError(f"rule{where} is {kind!r}; allowed are {', '.join([*RULES, BEST_OF])}")
+        raise ValueError(f"rule{where} is {kind!r}; allowed are {', '.join(RULES)}")
     where = f"the method {name or kind!r}"
     policy = given.pop("policy", None)
     if not isinstance(policy, (str, type(None))):
@@ -99,13 +97,12 @@ def expand(method: Mapping[str, Any], base: Mapping[str, Any]) -> list[Point]:
     values = [{key: value} for key in swept for value in given.pop(key)]
     if swept and not values:
         raise ValueError(f"{where} has an empty list of {swept[0]}; allowed are values")
-    number = "n" if kind == BEST_OF else "best_of"
-    also = ("name", "rule", "guide", "policy", "sampling", number)
+    also = ("name", "rule", "guide", "policy", "sampling", "best_of")
     points = []
     for setting in values or [{}]:
         options = given | setting
-        best_of = options.pop(number, 1)
-        rule = made(where, Plain if kind == BEST_OF else RULES[kind], options, *also)
+        best_of = options.pop("best_of", 1)
+        rule = made(where, RULES[kind], options, *also)
         points.append(Point(name or kind, setting, rule, weights, sampling, best_of, policy))
     return points
 

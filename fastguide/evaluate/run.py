@@ -18,7 +18,7 @@ from fastguide.evaluate.estimates import Row
 from fastguide.evaluate.judge import Judge, Pair
 from fastguide.evaluate.metrics import Coherence, Estimate
 from fastguide.evaluate.reference import Reference
-from fastguide.evaluate.stamps import HEAD, changed, stamp, stamp_reward
+from fastguide.evaluate.stamps import stamp, stamp_reward
 from fastguide.evaluate.study import Point, Study
 from fastguide.files import Draft, replacing
 from fastguide.guides import Guide, RewardGuide, ValueGuide
@@ -122,26 +122,19 @@ class Runner:
         points = [point for point in self.study.points if point.method == method]
         return [estimates.kl_and_reward(self.responses(p), p.best_of, y) for p in points]
 
-    def _file(self, point: Point, head: int | None = None) -> str:
-        """Named by everything that the responses depend on; ``head`` is as in ``stamp``."""
+    def _file(self, point: Point) -> str:
+        """Named by everything that the responses depend on."""
         study = self.study
-        guides = sorted((name, stamp(study.guides[name], head=head)) for name in point.weights)
-        policies = [stamp(path, head=head) for path in self._policies(point)]
+        guides = sorted((name, stamp(study.guides[name])) for name in point.weights)
+        policies = [stamp(study.policy), *([stamp(point.policy)] if point.policy else [])]
         settings = (FORMAT_VERSION, point.draws, *policies, guides, study.dtype, study.temperature)
         identity = repr((*settings, study.asked))
         return f"responses-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
-    def _policies(self, point: Point) -> list[str | None]:
-        return [self.study.policy, *([point.policy] if point.policy else [])]
-
     def _read(self, point: Point) -> tuple[list[Row], dict[str, str]] | None:
         file = self.folder / self._file(point)
         if not file.is_file():
-            # Named as such files once were, it holds if no model has been written since.
-            file = self.folder / self._file(point, HEAD)
-            models = [*self._policies(point), *(self.study.guides[name] for name in point.weights)]
-            if not file.is_file() or file.stat().st_mtime < max(map(changed, models)):
-                return None
+            return None
         found = json.loads(file.read_text(encoding="utf-8"))
         return found["rows"], found["measures"]
 

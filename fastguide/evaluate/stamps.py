@@ -15,37 +15,21 @@ from fastguide.models.guide_config import CONFIG_FILE, GuideConfig
 SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".py")
 """Files that a model's answers depend on."""
 
-HEAD = 2**20
-"""Bytes of each file that counted once, when studies were named by less than whole weights."""
 
-
-def stamp(path: str | None, *, head: int | None = None) -> str:
+def stamp(path: str | None) -> str:
     """What tells a model folder from the same folder with other weights; a hub id is itself.
 
     A guide that is an adapter or a head stands for its base model, too, unless that is packaged.
 
     Args:
         path: of a model, a guide or ``reward:PATH``; None is the packaged model.
-        head: ``HEAD`` gives what the stamp once was, else whole files count.
     """
     folder = _folder(path)
     if folder is None:
         return str(path)
-    suffixes = SUFFIXES if head is None else (".safetensors", ".json")
-    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
-    found = f"{path} {_digest(tuple(map(_version, files)), head)}"
-    base = _base(folder) if head is None else None
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+    found, base = f"{path} {_digest(tuple(map(_version, files)))}", _base(folder)
     return found if base is None else f"{found} on {stamp(str(base)).split()[-1]}"
-
-
-def changed(path: str | None) -> float:
-    """When a folder's files, or those of a guide's base, were last written; 0 of no folder."""
-    folder = _folder(path)
-    if folder is None:
-        return 0.0
-    base = _base(folder)
-    files = (file.stat().st_mtime for file in folder.iterdir() if file.suffix in SUFFIXES)
-    return max([0.0 if base is None else changed(str(base)), *files])
 
 
 def stamp_reward(spec: str | Sequence[str]) -> str:
@@ -78,17 +62,14 @@ def _version(file: Path) -> tuple[Path, int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _digest(files: tuple[tuple[Path, int, int], ...], head: int | None) -> str:
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     """SHA-256 of names, sizes and contents; read again when a size or time has changed."""
     digest = hashlib.sha256()
     for file, size, _ in files:
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
-            if head is not None:
-                digest.update(stream.read(head))
-            else:
-                while block := stream.read(2**20):
-                    digest.update(block)
+            while block := stream.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
 
 

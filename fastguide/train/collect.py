@@ -261,6 +261,11 @@ def kept(shards: Shards) -> int:
     return begun + sum(entry["rows"] for entry in found["shards"].values())
 
 
+def responses_of(shards: Shards) -> int:
+    """How many responses a collection has."""
+    return sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
+
+
 def failures(shards: Shards, name: str) -> int:
     """How many responses a series leaves out."""
     return sum(entry.get("failed", 0) for entry in shards.series[name]["shards"].values())

@@ -108,7 +108,15 @@ def episodes_of(
 
 
 def mean_return(episodes: Iterable[Episode], gamma: float) -> float:
-    """The discounted return that follows a state, what it pays included, averaged over all."""
+    """The discounted return from a state on, what it pays included, averaged over all states.
+
+    Args:
+        episodes: one or more.
+        gamma: discount, in [0, 1].
+
+    Returns:
+        In standard units, as the episodes' rewards.
+    """
     total, states = 0.0, 0
     for episode in episodes:
         left = episode.reward

@@ -135,6 +135,8 @@ def train_guide(
             raise ValueError(f"{error} ({seen})") from error
         above = scale.mean + scale.std * border if above is None else above
     train, valid = split(episodes, held_out)
+    if not train:
+        raise ValueError(f"held_out is {held_out}, which leaves none of the prompts to train on")
     if not valid and config.eval_strategy != "no":
         raise ValueError(
             f"held_out is {held_out}, which leaves none of the prompts to validate on; stopping "

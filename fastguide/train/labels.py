@@ -9,7 +9,7 @@ from typing import Any
 from fastguide.engine.text import CONTEXT_TOKENS
 from fastguide.models.guide_config import RewardScale
 from fastguide.rewards import Reward, Sample, check_failures, judge, spec_of
-from fastguide.train.collect import ROLLOUTS, OnProgress, read, rollouts_of
+from fastguide.train.collect import ROLLOUTS, OnProgress, read, responses_of, rollouts_of
 from fastguide.train.episodes import Episode, Rollout, episodes_of
 from fastguide.train.shards import Shards
 
@@ -41,7 +41,7 @@ def label(
             more than 5 % of all samples cannot be judged. What was judged is kept.
     """
     shards = label_series(folder, reward, name, max_tokens)
-    of, done = total(shards), 0
+    of, done = responses_of(shards), 0
     for number in range(shards.series[name]["of"]):
         rollouts = rollouts_of(shards.read(ROLLOUTS, number))
         if not shards.has(name, number):
@@ -58,19 +58,24 @@ def keep(
 ) -> None:
     """Write a shard of rewards, unless with it more than 5 % of all samples had none.
 
+    Args:
+        shards: the folder, in which the series is begun.
+        name: of the series.
+        number: of the shard.
+        table: its rewards, row by row beside the responses; see ``judged``.
+        failed: how many of them have none.
+        reasons: of some of these.
+
     Raises:
-        ValueError: they had.
+        ValueError: more than 5 % had none; the shard is not written.
     """
     entries = [*shards.series[name]["shards"].values(), {"failed": failed, "reasons": reasons}]
     if first := [reason for entry in entries for reason in entry["reasons"]]:
         count = sum(entry["failed"] for entry in entries)
-        check_failures(shards.series[name]["about"]["reward"], count, total(shards), first[0])
+        check_failures(
+            shards.series[name]["about"]["reward"], count, responses_of(shards), first[0]
+        )
     shards.write(name, number, table, failed=failed, reasons=reasons)
-
-
-def total(shards: Shards) -> int:
-    """How many responses a finished collection has."""
-    return sum(entry["rows"] for entry in shards.series[ROLLOUTS]["shards"].values())
 
 
 def label_series(folder: str | Path, reward: Reward, name: str, max_tokens: int | None) -> Shards:

@@ -23,12 +23,13 @@ from fastguide.train.collect import (
     about_model,
     check_prompts,
     open_shards,
+    responses_of,
     rollouts_of,
     sample,
     shard_prompts,
     table_of,
 )
-from fastguide.train.labels import REASONS, judged, keep, label_series, total
+from fastguide.train.labels import REASONS, judged, keep, label_series
 from fastguide.train.shards import Shards
 
 SHARDS_AT_ONCE = 1024
@@ -126,7 +127,7 @@ def label_with_ray(
     shards = label_series(folder, known, name, max_tokens)
     of = shards.series[name]["of"]
     missing = [n for n in range(of) if not shards.has(name, n)]
-    every = total(shards)
+    every = responses_of(shards)
     left = sum(shards.series[ROLLOUTS]["shards"][str(n)]["rows"] for n in missing)
     arguments = (spec, device, str(model), max_tokens, trust_remote_code)
     for start in range(0, len(missing), SHARDS_AT_ONCE):

@@ -241,7 +241,14 @@ def validate(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> 
 
 
 def squared_errors(model: ValueModel, folder: str | Path, *, batch_size: int = 32) -> list[float]:
-    """Of each prefix of a validation set, to compare guides prefix by prefix; see ``validate``."""
+    """What ``validate`` takes the mean of, to compare guides prefix by prefix.
+
+    Returns:
+        One for each prefix, in variances of the reward; the same order for every guide.
+
+    Raises:
+        ValueError: as ``labels``.
+    """
     return [(value - label) ** 2 for value, label in _compared(model, folder, batch_size)[0]]
 
 

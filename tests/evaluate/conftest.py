@@ -22,7 +22,7 @@ baseline: plain
 methods:
   - {name: plain, rule: none}
   - {name: VAS, rule: vas, guide: cheerful, beta: [0, 4.0], k: 8}
-  - {name: BoN, rule: best-of, n: [1, 3], sampling: {n: 4}}
+  - {name: BoN, rule: none, best_of: [1, 3], sampling: {n: 4}}
 """
 
 

@@ -135,7 +135,7 @@ def test_studies_give_families(study: Path, tmp_path: Path) -> None:
             kls, rewards = zip(*point.values(), strict=True)
             assert statistics.fmean(kls) == pytest.approx(results[name]["kl"]["mean"])
             assert statistics.fmean(rewards) == pytest.approx(results[name]["sentiment"]["mean"])
-    at = min(results[name]["kl"]["mean"] for name in ("VAS beta=4", "BoN n=3")) / 2
+    at = min(results[name]["kl"]["mean"] for name in ("VAS beta=4", "BoN best_of=3")) / 2
     (found,) = differences([runner.frontier("VAS")], [runner.frontier("BoN")], [at])
     one, other = (
         matched(*([r[name]["mean"] for r in points] for name in ("kl", "reward")), at=at)

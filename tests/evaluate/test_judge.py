@@ -230,7 +230,7 @@ def test_a_question_shows_every_pair_in_its_order() -> None:
 def test_a_study_asks_its_judge(study: Path, server: Any, tmp_path: Path) -> None:
     study.write_text(
         study.read_text()
-        .replace("  - {name: BoN, rule: best-of, n: [1, 3], sampling: {n: 4}}\n", "")
+        .replace("  - {name: BoN, rule: none, best_of: [1, 3], sampling: {n: 4}}\n", "")
         .replace("[Once upon a time, Tom had a red ball.]", json.dumps(PROMPTS))
         .replace(
             "dtype: float32",

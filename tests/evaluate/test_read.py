@@ -14,7 +14,13 @@ from fastguide.evaluate import read_study
 
 def test_lists_become_points(study: Path) -> None:
     points = read_study(study).points
-    assert [p.name for p in points] == ["plain", "VAS beta=0", "VAS beta=4", "BoN n=1", "BoN n=3"]
+    assert [p.name for p in points] == [
+        "plain",
+        "VAS beta=0",
+        "VAS beta=4",
+        "BoN best_of=1",
+        "BoN best_of=3",
+    ]
     assert points[2].rule == VAS(beta=4.0, k=8)
     assert points[2].weights == {"cheerful": 1.0}
     assert (points[4].rule, points[4].best_of, points[4].sampling.n) == (Plain(), 3, 4)
@@ -43,9 +49,9 @@ def test_prompts_may_lie_in_a_file(study: Path) -> None:
         ("k: 8", "k: 0", "k is 0; allowed are whole numbers from 1"),
         ("guide: cheerful", "guide: joy", "VAS beta=0 has guide 'joy'; the study has cheerful"),
         (
-            "n: [1, 3]",
-            "n: [1, 9]",
-            "BoN n=9 takes the best of 9; allowed are whole numbers from",
+            "best_of: [1, 3]",
+            "best_of: [1, 9]",
+            "BoN best_of=9 takes the best of 9; allowed are whole numbers from",
         ),
         ("baseline: plain", "baseline: plane", "baseline is 'plane'; there are plain, VAS"),
         ("sentiment:", "kl:", "a held-out reward is called 'kl', which means something else"),
@@ -94,11 +100,27 @@ def test_prompts_may_lie_in_a_file(study: Path) -> None:
             "judge: {url: http://x, model: m, options: 5}",
             "judge: options is 5; allowed is a mapping of JSON values",
         ),
-        ("n: [1, 3]", "n: 0", "BoN takes the best of 0; allowed are whole numbers from 1 to 4"),
-        ("n: [1, 3]", "n: 1.5", "BoN takes the best of 1.5; allowed are whole numbers from 1 to"),
-        ("n: [1, 3]", "n: a", "BoN takes the best of 'a'; allowed are whole numbers from 1 to 4"),
-        ("n: [1, 3]", "n: []", "the method 'BoN' has an empty list of n; allowed are values"),
-        ("n: 4}", "n: 4, temperature: 0}", "BoN n=3 takes the best of 3 at temperature 0"),
+        (
+            "best_of: [1, 3]",
+            "best_of: 0",
+            "BoN takes the best of 0; allowed are whole numbers from 1 to 4",
+        ),
+        (
+            "best_of: [1, 3]",
+            "best_of: 1.5",
+            "BoN takes the best of 1.5; allowed are whole numbers from 1 to",
+        ),
+        (
+            "best_of: [1, 3]",
+            "best_of: a",
+            "BoN takes the best of 'a'; allowed are whole numbers from 1 to 4",
+        ),
+        (
+            "best_of: [1, 3]",
+            "best_of: []",
+            "the method 'BoN' has an empty list of best_of; allowed are values",
+        ),
+        ("n: 4}", "n: 4, temperature: 0}", "BoN best_of=3 takes the best of 3 at temperature 0"),
         ("sampling: {n: 4}", "sampling: 5", "sampling of the method 'BoN' is 5; allowed is a ma"),
         ("sampling: {n: 4}", "sampling: {stop: 5}", "sampling of the method 'BoN' is {'temperat"),
         ("{temperature: 0.7, max_tokens: 12, n: 2, seed: 3}", "5", "sampling is 5; allowed is a"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import pytest
 import torch
 
 from fastguide.assets import packaged
-from fastguide.evaluate import Runner, read_study, run
-from fastguide.evaluate.stamps import HEAD, stamp, stamp_reward
+from fastguide.evaluate import Runner, read_study
+from fastguide.evaluate.stamps import stamp, stamp_reward
 from fastguide.files import Draft
 from fastguide.models.value import ValueModel
 
@@ -116,13 +115,12 @@ def test_any_weight_of_a_merged_adapter_counts(tmp_path: Path) -> None:
     merged = model.backbone.merge_and_unload()
     merged.save_pretrained(tmp_path / "model")
     folder = str(tmp_path / "model")
-    before, head = stamp(folder), stamp(folder, head=HEAD)
+    before = stamp(folder)
     reward = stamp_reward(f"0.5*classifier:{folder}?on=text")
     last = merged.layers[-1].mlp.down_proj.weight
     with torch.no_grad():
         last[-1, -1] += 1.0
     merged.save_pretrained(tmp_path / "model")
-    assert stamp(folder, head=HEAD) == head
     assert stamp(folder) != before
     assert stamp_reward(f"0.5*classifier:{folder}?on=text") != reward
 
@@ -138,27 +136,3 @@ def test_the_base_of_an_adapter_counts(tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     assert stamp(str(tmp_path / "guide")) != before
-
-
-def test_responses_with_their_earlier_names_are_read(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Unless a model was written since: its first megabyte may be the same."""
-    shutil.copytree(packaged("stories"), tmp_path / "model")
-    study.write_text(study.read_text() + f"policy: {tmp_path / 'model'}\n")
-    compared = read_study(study)
-    runner = Runner(compared, tmp_path / "out")
-    rows = runner.responses(compared.points[0])
-    (file,) = (tmp_path / "out").glob("responses-*.json")
-    earlier = runner.folder / runner._file(compared.points[0], HEAD)
-    record = json.loads(file.read_text())
-    for row in record["rows"]:  # as they once were
-        del row["token_ids"], row["logprob"]
-    file.unlink()
-    earlier.write_text(json.dumps(record))
-    monkeypatch.setattr(run.sampling, "sample", None)  # not called again
-    found = runner.responses(compared.points[0])
-    assert [r["text"] for r in found] == [r["text"] for r in rows]
-    os.utime(earlier, (0, 0))
-    with pytest.raises(TypeError):
-        runner.responses(compared.points[0])

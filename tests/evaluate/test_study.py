@@ -74,7 +74,7 @@ def test_the_command_writes_results_table_and_plots(study: Path, tmp_path: Path)
         "frontier-reward.png",
         "frontier-sentiment.png",
         "sweep-beta.png",
-        "sweep-n.png",
+        "sweep-best_of.png",
     } <= names
     record = json.loads((tmp_path / "out/results.json").read_text())
     assert [point["point"] for point in record["points"]][2] == "VAS beta=4"
@@ -242,7 +242,7 @@ def test_guided_best_of_n_is_measured(study: Path, tmp_path: Path) -> None:
     study.write_text(
         study.read_text()
         .replace("beta: [0, 4.0], k: 8", "beta: 4.0, k: 8, best_of: [1, 2]")
-        .replace("  - {name: BoN, rule: best-of, n: [1, 3], sampling: {n: 4}}\n", "")
+        .replace("  - {name: BoN, rule: none, best_of: [1, 3], sampling: {n: 4}}\n", "")
     )
     runner = Runner(read_study(study), tmp_path / "out")
     plain, one, two = runner.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ from fastguide.assets import packaged
 from fastguide.integrations.transformers import GuidedLogitsProcessor
 from fastguide.models.guide_config import GuideConfig
 from fastguide.models.value import ValueModel
-from fastguide.train.episodes import Episode
+from fastguide.rewards import Sample
+from fastguide.train.episodes import Episode, mean_return
 from fastguide.train.fudge import FudgeConfig
 from fastguide.train.guides import (
     _against,
@@ -28,8 +30,18 @@ from fastguide.train.guides import (
     sweep,
     train_guide,
 )
+from fastguide.train.labels import label, load_episodes
 from fastguide.train.shards import Shards
 from fastguide.train.value import ValueConfig
+
+
+class FewWords:
+    """Paid per token, of responses that differ though all have as many tokens."""
+
+    name, per_token = "few-words", -1.0
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        return [-float(len(sample.response.split())) for sample in samples]
 
 
 def settings(folder: Path, **others: Any) -> dict[str, Any]:
@@ -133,6 +145,32 @@ def test_weights_are_saved_in_another_dtype(data: Path, tmp_path: Path) -> None:
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
     assert GuideConfig.load(tmp_path).training["dtype"] == "bfloat16"
+
+
+def test_prompts_have_to_be_left_to_train_on(data: Path, tmp_path: Path) -> None:
+    config = ValueConfig(**settings(tmp_path))
+    with pytest.raises(ValueError, match=r"held_out is 0\.9999, which leaves none .* to train on"):
+        train_guide("value", data, "stories", config, held_out=0.9999)
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_heads_of_rewards_per_token_begin_at_the_mean_return(
+    data: Path, decode: Callable, tmp_path: Path, head: str
+) -> None:
+    """Standardised rewards begin at 0, which is their mean."""
+    data, begun = Path(shutil.copytree(data, tmp_path / "data")), {}
+    label(data, FewWords(), decode, name="words")
+    for labels in ("words", "reward"):
+        config = ValueConfig(**settings(tmp_path / labels, gamma=0.9, learning_rate=0.0))
+        how = {"labels": labels, "freeze": True, "head": head, "held_out": 0.3}
+        train_guide("value", data, "stories", config, **how)
+        model = ValueModel.from_pretrained(tmp_path / labels)
+        with torch.no_grad():
+            begun[labels] = model(torch.tensor([[0, 5, 9]])).unique().tolist()
+    train, _ = split(load_episodes(data, "words")[0], 0.3)
+    assert begun["words"] == [pytest.approx(mean_return(train, 0.9))]
+    assert begun["words"][0] < -1.0
+    assert begun["reward"] == [0.0]
 
 
 def test_early_stopping_needs_prompts_that_are_held_out(data: Path, tmp_path: Path) -> None:

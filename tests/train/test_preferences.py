@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, TrainerCallback
 
 from fastguide import ARGS, Engine, RewardGuide, SamplingParams
@@ -66,6 +67,17 @@ def test_a_reward_model_learns_a_trait_and_guides(tmp_path: Path, lora_rank: int
         ["I"], ARGS(weight=2.0, k=5), {"kind": 1.0}, SamplingParams(temperature=0, max_tokens=5)
     )
     assert len(output.token_ids) == 5
+
+
+def test_a_seed_gives_a_reward_model_its_bytes(tmp_path: Path) -> None:
+    file, made = tmp_path / "pairs.jsonl", []
+    file.write_text("\n".join(map(json.dumps, traits()[:24])))
+    for name in ("one", "two"):
+        config = trl.RewardConfig(**settings(tmp_path / name, num_train_epochs=1, seed=5))
+        train_reward(read_rows("reward", [file]), "stories", config, held_out=0.25)
+        made.append((tmp_path / name / "model.safetensors").read_bytes())
+        torch.rand(3)  # what was drawn before does not matter
+    assert made[0] == made[1]
 
 
 def test_dialogue_pairs_are_read_and_trained_on(tmp_path: Path) -> None:

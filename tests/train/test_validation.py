@@ -23,7 +23,15 @@ from fastguide.train.fudge import FudgeConfig
 from fastguide.train.guides import train_guide
 from fastguide.train.labels import load_episodes
 from fastguide.train.shards import Shards
-from fastguide.train.validation import LABELS, labels, make_validation, measurable, validate
+from fastguide.train.validation import (
+    LABELS,
+    _discounted,
+    labels,
+    make_validation,
+    measurable,
+    squared_errors,
+    validate,
+)
 from fastguide.train.value import ValueConfig
 
 
@@ -93,6 +101,7 @@ def test_errors_are_against_the_mean_of_the_completions(
     shifted: Any = Known({k: m + 0.5 for k, m in zip(keys, means, strict=True)}, scale)
     off = validate(shifted, tmp_path)
     assert off.mse.mean == pytest.approx(0.25)
+    assert squared_errors(shifted, tmp_path) == pytest.approx([0.25] * len(keys))
     assert off.mse.low <= off.mse.mean <= off.mse.high
     later = dataclasses.replace(config, gamma=0.5)
     lengths = [row["tokens"] for row in Shards(tmp_path).rows(LABELS)]
@@ -196,10 +205,9 @@ def test_returns_of_rewards_per_token_are_what_validation_compares_with(gamma: f
     returns = td_lambda(zero, batch.rewards, batch.states, gamma, 1.0)
     for row, n in enumerate((10, 40)):
         for done in (0, n // 2):
-            left = -sum(gamma**i for i in range(n - done)) / scale.std
-            # The state before those tokens: its own payment is past, theirs begin a step ahead.
-            state = returns[row, 1 + done].item() - (batch.rewards[row, 1 + done].item())
-            assert state == pytest.approx(gamma * left, rel=1e-5)
+            # The state before the tokens that are left: what it pays itself is past.
+            state = returns[row, 1 + done].item() - batch.rewards[row, 1 + done].item()
+            assert state == pytest.approx(-_discounted(n - done, gamma) / scale.std, rel=1e-5)
 
 
 def test_a_real_guide_is_measured(engine: Engine, decode: Any, data: Path, tmp_path: Path) -> None:
