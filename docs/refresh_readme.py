@@ -226,6 +226,17 @@ def accuracies() -> str:
     return "\n".join(lines)
 
 
+def above() -> str:
+    """What guides of preferences add to the policy's rewards."""
+    lines = ["| point | reward above the policy's | judge above the policy's | seeds |"]
+    lines.append("| --- | ---: | ---: | --- |")
+    for e in experiment("preferences")["above"]:
+        seeds = ", ".join(f"{gain:+.2f}" for gain in e["judge"]["seeds"])
+        both = f"{_mean(e['reward'], '+.2f')} | {_mean(e['judge'], '+.2f')}"
+        lines.append(f"| {e['point']} | {both} | {seeds} |")
+    return "\n".join(lines)
+
+
 def _mean(estimate: dict[str, float], form: str) -> str:
     value = round(estimate["mean"], 6) + 0.0  # + 0.0 turns -0.0 into 0.0
     return f"{value:{form}} ± {estimate['ci95']:{form.lstrip('+')}}"
@@ -259,7 +270,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "brevity": {},
     "composition": {},
-    "preferences": {"accuracies": accuracies},
+    "preferences": {"accuracies": accuracies, "above": above},
 }
 """What each experiment's page may show, beside all points."""
 

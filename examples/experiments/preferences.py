@@ -63,14 +63,15 @@ def main() -> None:
         )
         for name in (*TRAITS, DIALOGUES)
     }
-    results = []
+    results, above = [], []
     for name in STEERED:
         with stage(f"measuring {name}"):
             studies = {asked.work / f"preferences-{name}-{s}": study(asked, name, s) for s in seeds}
             results += measure(studies, asked.processes)
+            above += above_policy(list(studies), name)
     target = asked.results / "preferences"
     found = {name: {"mean": e.mean, "ci95": e.ci95} for name, e in accuracies.items()}
-    write(target, results, asked, accuracies=found)
+    write(target, results, asked, accuracies=found, above=above)
     for name in STEERED:
         points = [r for r in results if name in r["method"]]
         frontier(points, target / f"{name}.png", y="judge", title=f"ARGS: {name}, held-out judge")
@@ -207,6 +208,26 @@ def study(asked: argparse.Namespace, name: str, seed: int) -> Study:
         held_out={"judge": f"classifier:{judge}"},
         max_rows=128,
     )
+
+
+def above_policy(studies: list[Path], name: str) -> list[dict[str, Any]]:
+    """What each weight adds to the policy's rewards, seed by seed: each has scales of its own."""
+    runs = []
+    for where in studies:
+        points = json.loads((where / "results.json").read_text(encoding="utf-8"))["points"]
+        runs.append({point["point"]: point for point in points})
+    found = []
+    for point in runs[0]:
+        if point == f"{name}, policy":
+            continue
+        found.append({"point": point})
+        for reward in ("reward", "judge"):
+            gains = [
+                run[point][reward]["mean"] - run[f"{name}, policy"][reward]["mean"] for run in runs
+            ]
+            estimate = Estimate.of({seed: [gain] for seed, gain in enumerate(gains)})
+            found[-1][reward] = {"mean": estimate.mean, "ci95": estimate.ci95, "seeds": gains}
+    return found
 
 
 if __name__ == "__main__":
