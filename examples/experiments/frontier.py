@@ -18,6 +18,7 @@ from common import (
     BATCH,
     TEMPERATURE,
     Job,
+    hardware,
     held_out,
     measure,
     options,
@@ -114,8 +115,7 @@ def train_reward_model(folder: Path, data: Path, seed: int) -> None:
         num_train_epochs=1,
         per_device_train_batch_size=BATCH // 2,  # pairs
         max_length=256,
-        bf16=True,
-        use_cpu=True,
+        **hardware(),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -17,7 +17,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from common import BATCH, Job, measure, options, parallel, sampling, stage, write
+from common import BATCH, Job, hardware, measure, options, parallel, sampling, stage, write
 
 from fastguide import ARGS
 from fastguide.config import Plain
@@ -133,8 +133,7 @@ def settings(where: Path, name: str, seed: int) -> dict[str, Any]:
         "max_length": MAX_LENGTH.get(name, SHORT),
         "gradient_checkpointing": False,
         "learning_rate": 3e-4,
-        "bf16": True,
-        "use_cpu": True,
+        **hardware(),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
