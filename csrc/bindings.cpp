@@ -1,6 +1,4 @@
-// Python bindings. Of a tensor only its address is taken, by asking the Python object for it, so
-// no torch header is needed and one build serves every torch version. Shapes, dtypes and
-// contiguity are the business of kernels/native.py.
+// Python bindings of the ops; those of the models are in bindings_models.cpp.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -10,49 +8,12 @@
 #include "parallel.hpp"
 #include "returns.hpp"
 #include "sampling.hpp"
+#include "tensors.hpp"
 #include "vocabulary.hpp"
 
 namespace py = pybind11;
 using namespace fastguide;
 using std::int32_t, std::int64_t;
-
-namespace {
-
-// The elements of a contiguous tensor.
-template <typename T>
-struct Array {
-  T* data;
-  operator T*() const { return data; }
-};
-
-std::uintptr_t ask(py::handle tensor, const char* method) {
-  return tensor.attr(method)().cast<std::uintptr_t>();
-}
-
-}  // namespace
-
-namespace pybind11::detail {
-
-template <typename T>
-struct type_caster<Array<T>> {
-  PYBIND11_TYPE_CASTER(Array<T>, const_name("torch.Tensor"));
-  bool load(handle tensor, bool) {
-    value = {reinterpret_cast<T*>(ask(tensor, "data_ptr"))};
-    return true;
-  }
-};
-
-template <>
-struct type_caster<Reals> {
-  PYBIND11_TYPE_CASTER(Reals, const_name("torch.Tensor"));
-  bool load(handle tensor, bool) {
-    value.data = reinterpret_cast<const void*>(ask(tensor, "data_ptr"));
-    value.wide = ask(tensor, "element_size") == sizeof(double);
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native CPU ops of fastguide; use them through fastguide.kernels.";
@@ -156,4 +117,6 @@ PYBIND11_MODULE(_C, module) {
                           mask, gamma, lam, targets},
                          threads);
              });
+
+  bind_models(module);
 }

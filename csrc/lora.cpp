@@ -56,6 +56,7 @@ class Lora {
   void run() {
     const std::int64_t row_size = args_.outputs * size_of(D);
     const auto copy = [&](std::int64_t n) {
+      if (args_.out == args_.base) return;
       std::memcpy(at<D>(args_.out, n * args_.outputs), at<D>(args_.base, n * args_.base_stride),
                   row_size);
     };

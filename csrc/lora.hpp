@@ -20,7 +20,7 @@ struct LoraRows {
   const void* a;                 // [adapters, rank, inputs], contiguous
   const void* b;                 // [adapters, outputs, rank], contiguous
   const std::int32_t* segments;  // [adapters + 1]
-  void* out;                     // [rows, outputs], contiguous
+  void* out;                     // [rows, outputs], contiguous; may be base
 };
 
 // The number of threads does not change the result. Throws std::invalid_argument, with one

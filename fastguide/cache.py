@@ -8,6 +8,7 @@ Nothing is ever copied: sequences with a common prefix hold the same slots, coun
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 _NO_SLOTS = np.empty(0, dtype=np.int64)
@@ -95,6 +96,26 @@ class KVPool:
             self._layers[layer] = held
         held[0].index_copy_(0, slots, keys)
         held[1].index_copy_(0, slots, values)
+
+    def layers(
+        self, count: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the first ``count`` layers, allocated where they are not yet.
+
+        Args:
+            count: of layers.
+            shape: ``H_kv`` and ``D`` of keys and of values.
+            dtype: of both.
+        """
+        for layer in range(count):
+            held = self._layers.get(layer)
+            if held is None or held[0].shape[0] < self.slots.capacity:
+                like = torch.empty(0, *shape, dtype=dtype)
+                self._layers[layer] = (
+                    self._allocate(like, held and held[0]),
+                    self._allocate(like, held and held[1]),
+                )
+        return [self._layers[layer] for layer in range(count)]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, ``[capacity, H_kv, D]`` each."""

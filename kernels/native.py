@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,16 @@ def instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         _isa.reset(token)
+
+
+def isa() -> int:
+    """The instruction set in force, as the extension knows it."""
+    return _isa.get()
+
+
+def extension() -> Any:
+    """The extension; see ``available``."""
+    return _C
 
 
 def available() -> bool:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fastguide.cache import CachedSequence, KVPool
 from fastguide.kernels import TreeLayout
 from fastguide.models.attention import AttentionPlan
+from fastguide.models.packing import PackedStack, pack_linears, stack_of
 
 PREFILL_CHUNK = 512
 """Most pending tokens of one sequence that one pass takes: bounds the memory of a pass."""
@@ -88,7 +89,18 @@ class Decoder:
         self.pool = KVPool()
         self.context = context
         self.device = model.device
-        self._is_lm = model.get_output_embeddings() is not None
+        self._head = model.get_output_embeddings()
+        self._stack: PackedStack | None = None
+        self.weights = weights_of(model)
+        """Weights that a token is multiplied with."""
+
+    def pack(self) -> None:
+        """Lay the weights out for decoding on a CPU, for good: the model computes as before, faster,
+        but can be neither trained nor saved. Elsewhere nothing happens.
+        """
+        pack_linears(self.model)
+        self._head = self.model.get_output_embeddings()
+        self._stack = stack_of(self.model)
 
     def open(self, tokens: Sequence[int]) -> CachedSequence:
         """A new sequence; nothing is computed until it is first run."""
@@ -163,16 +175,31 @@ class Decoder:
         ]
         keep = keep if outputs else keep[:1]
         index = torch.tensor(keep, device=self.device)
-        arguments = {
-            "input_ids": torch.tensor([tokens], device=self.device),
-            "position_ids": torch.from_numpy(positions)[None].to(self.device),
-            "use_cache": False,
-            "plan": AttentionPlan(self.pool, torch.from_numpy(targets).to(self.device), layout),
-        }
-        if self._is_lm:
-            return self.model(**arguments, logits_to_keep=index).logits[0]
-        hidden = self.model(**arguments).last_hidden_state[0]
-        return hidden if len(keep) == len(tokens) else hidden.index_select(0, index)
+        ids, slots = (torch.as_tensor(n, device=self.device) for n in (tokens, targets))
+        places = torch.from_numpy(positions).to(self.device)
+        if self._stack is not None:
+            hidden = self._stack.run(ids, places, slots, layout, self.pool)
+        else:
+            arguments = {
+                "input_ids": ids[None],
+                "position_ids": places[None],
+                "use_cache": False,
+                "plan": AttentionPlan(self.pool, slots, layout),
+            }
+            if self._head is not None:
+                return self.model(**arguments, logits_to_keep=index).logits[0]
+            hidden = self.model(**arguments).last_hidden_state[0]
+        kept = hidden if len(keep) == len(tokens) else hidden.index_select(0, index)
+        return kept if self._head is None else self._head(kept)
+
+
+def weights_of(model: PreTrainedModel) -> int:
+    """Weights that a token is multiplied with: all but looked-up embeddings."""
+    every = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    return every - (0 if tied else int(embedding.numel()))
 
 
 def _commit(batch: list[_Rows]) -> None:
