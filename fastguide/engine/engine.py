@@ -102,6 +102,7 @@ class Engine:
         )
         self.name_or_path = assets.absolute(path)
         self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
+        policy.pack()
         scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = ModelRunner(policy, scorers)
         self.max_rows = max_rows

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastguide.evaluate.metrics import Estimate, win_rate
+from fastguide.models.decoder import weights_of
 from fastguide.rewards import Reward, WeightedSum
 from fastguide.search import best_weights, kl_of_best
 
@@ -102,15 +103,6 @@ def reward_weights(reward: Reward) -> int:
         return sum(reward_weights(part) for _, part in reward.parts)
     model = getattr(reward, "model", None)
     return 0 if model is None else weights_of(model)
-
-
-def weights_of(model: Any) -> int:
-    """Weights that a token is multiplied with: all but looked-up embeddings."""
-    every = sum(p.numel() for p in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    tied = head is not None and head.weight is embedding
-    return every - (0 if tied else embedding.numel())
 
 
 def costs(

@@ -212,8 +212,8 @@ class Runner:
         costs = estimates.costs(
             rows,
             point.best_of,
-            estimates.weights_of(self.engine(point.policy).runner.policy.model),
-            [estimates.weights_of(s.decoder.model) for s in used if hasattr(s, "decoder")],
+            self.engine(point.policy).runner.policy.weights,
+            [s.decoder.weights for s in used if hasattr(s, "decoder")],
             point.rule.k,
             estimates.reward_weights(self.rewards["reward"]),
         )

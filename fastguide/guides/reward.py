@@ -69,4 +69,6 @@ class RewardGuide:
             return F.linear(hidden.float(), weight, bias)
 
         backbone = cast(PreTrainedModel, model.base_model)
-        return TreeScorer(Decoder(backbone, context_length(model.config)), score)
+        decoder = Decoder(backbone, context_length(model.config))
+        decoder.pack()
+        return TreeScorer(decoder, score)

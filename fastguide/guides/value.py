@@ -62,4 +62,5 @@ class ValueGuide:
             str(self.path), tokenizer, backbone.config.get_text_config().vocab_size, context
         )
         decoder = Decoder(backbone, context_length(backbone.config))
+        decoder.pack()
         return TreeScorer(decoder, model.head, model.config.kind)

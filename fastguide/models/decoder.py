@@ -95,12 +95,18 @@ class Decoder:
         """Weights that a token is multiplied with."""
 
     def pack(self) -> None:
-        """Lay the weights out for decoding on a CPU, for good: the model computes as before, faster,
-        but can be neither trained nor saved. Elsewhere nothing happens.
+        """Lay the weights out for decoding on a CPU; elsewhere nothing happens.
+
+        The model computes what it did, faster, but can no longer be trained or saved.
         """
         pack_linears(self.model)
         self._head = self.model.get_output_embeddings()
         self._stack = stack_of(self.model)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers run as one native stack."""
+        return self._stack is not None
 
     def open(self, tokens: Sequence[int]) -> CachedSequence:
         """A new sequence; nothing is computed until it is first run."""
@@ -197,7 +203,7 @@ def weights_of(model: PreTrainedModel) -> int:
     """Weights that a token is multiplied with: all but looked-up embeddings."""
     every = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = head is not None and head.weight is embedding
     return every - (0 if tied else int(embedding.numel()))
 
