@@ -232,7 +232,8 @@ def tree_attention_case(
     slots = torch.randperm(total, dtype=torch.int32)
     own = torch.arange(prefix, prefix + k, dtype=torch.int32).repeat(requests)
     steps = torch.arange(requests + 1, dtype=torch.int32)
-    parts = (slots, steps * (prefix + k), steps * k, torch.full_like(own, prefix), own)
+    starts, counts = steps[:-1] * (prefix + k), torch.full_like(steps[1:], prefix + k)
+    parts = (slots, starts, counts, steps * k, torch.full_like(own, prefix), own)
     layout = TreeLayout(*(p.to(device) for p in parts), max_slots=prefix + k, max_rows=k)
     scaling = width**-0.5
 

@@ -187,9 +187,9 @@ class Attention {
   }
 
   Slots slots_of(std::int64_t request, std::int64_t block) const {
-    const std::int32_t* starts = args_.layout.slot_starts + request;
-    const std::int64_t left = starts[1] - starts[0] - block * kBlock;
-    return {args_.layout.slots + starts[0] + block * kBlock, std::min(left, kBlock)};
+    const TreeLayout& layout = args_.layout;
+    const std::int64_t left = layout.slot_counts[request] - block * kBlock;
+    return {layout.slots + layout.slot_starts[request] + block * kBlock, std::min(left, kBlock)};
   }
 
   // Reads a word of every cache line, slot after slot. The loops that follow go head by head, an

@@ -26,7 +26,8 @@ struct TreeLayout {
   std::int64_t requests;
   std::int64_t slot_count;
   const std::int32_t* slots;        // [slot_count]
-  const std::int32_t* slot_starts;  // [requests + 1]
+  const std::int32_t* slot_starts;  // [requests]
+  const std::int32_t* slot_counts;  // [requests]
   const std::int32_t* row_starts;   // [requests + 1]
   const std::int32_t* trunk;        // [rows]
   const std::int32_t* branch;       // [rows]

@@ -17,28 +17,28 @@ void check(const TreeAttention& args) {
     refuse("query must have a multiple of the ", args.kv_heads, " heads of keys, not ", args.heads);
   }
   const TreeLayout& layout = args.layout;
-  const auto ascending = [&](const char* name, const std::int32_t* starts, std::int64_t end) {
-    if (starts[0] != 0) refuse("layout.", name, " must begin with 0, not ", starts[0]);
-    for (std::int64_t r = 0; r < layout.requests; ++r) {
-      if (starts[r + 1] >= starts[r] && starts[r + 1] <= end) continue;
-      refuse("layout.", name, " must ascend to at most ", end, ", not go from ", starts[r], " to ",
-             starts[r + 1], " (request ", r, ")");
-    }
-  };
-  ascending("slot_starts", layout.slot_starts, layout.slot_count);
-  ascending("row_starts", layout.row_starts, args.rows);
-  if (layout.row_starts[layout.requests] != args.rows) {
-    refuse("layout.row_starts must end with ", args.rows, ", the rows of query, not ",
-           layout.row_starts[layout.requests]);
+  const std::int32_t* starts = layout.row_starts;
+  if (starts[0] != 0) refuse("layout.row_starts must begin with 0, not ", starts[0]);
+  for (std::int64_t r = 0; r < layout.requests; ++r) {
+    if (starts[r + 1] >= starts[r] && starts[r + 1] <= args.rows) continue;
+    refuse("layout.row_starts must ascend to at most ", args.rows, ", not go from ", starts[r],
+           " to ", starts[r + 1], " (request ", r, ")");
   }
-  const auto wrong = std::find_if(layout.slots, layout.slots + layout.slot_starts[layout.requests],
-                                  [&](std::int32_t slot) { return slot < 0 || slot >= args.pool; });
-  if (wrong != layout.slots + layout.slot_starts[layout.requests]) {
-    refuse("layout.slots must be 0 to ", args.pool - 1, ", not ", *wrong, " (index ",
-           wrong - layout.slots, ")");
+  if (starts[layout.requests] != args.rows) {
+    refuse("layout.row_starts must end with ", args.rows, ", the rows of query, not ",
+           starts[layout.requests]);
   }
   for (std::int64_t r = 0; r < layout.requests; ++r) {
-    const std::int64_t slots = layout.slot_starts[r + 1] - layout.slot_starts[r];
+    const std::int64_t first = layout.slot_starts[r], slots = layout.slot_counts[r];
+    if (first < 0 || slots < 0 || first + slots > layout.slot_count) {
+      refuse("layout.slot_starts and slot_counts must stay within ", layout.slot_count,
+             " slots, not go from ", first, " to ", first + slots, " (request ", r, ")");
+    }
+    for (std::int64_t i = first; i < first + slots; ++i) {
+      if (layout.slots[i] >= 0 && layout.slots[i] < args.pool) continue;
+      refuse("layout.slots must be 0 to ", args.pool - 1, ", not ", layout.slots[i], " (index ", i,
+             ")");
+    }
     const std::int64_t rows = layout.row_starts[r + 1] - layout.row_starts[r];
     if (rows > slots) {
       refuse("layout must have a slot for each row, not ", slots, " slots for ", rows,
@@ -90,7 +90,7 @@ Plan::Plan(const TreeAttention& args, int threads) {
   sights.reserve(args.rows);
   for (std::int64_t r = 0; r < args.layout.requests; ++r) {
     const std::int64_t end = args.layout.row_starts[r + 1];
-    const std::int64_t slots = args.layout.slot_starts[r + 1] - args.layout.slot_starts[r];
+    const std::int64_t slots = args.layout.slot_counts[r];
     for (std::int64_t n = args.layout.row_starts[r]; n < end; ++n) {
       sights.push_back(sight_of(args, n, slots - (end - n)));
     }

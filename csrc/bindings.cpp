@@ -76,26 +76,27 @@ PYBIND11_MODULE(_C, module) {
          int64_t value_width, Array<void> query, int64_t query_stride, int64_t query_head_stride,
          Array<void> keys, int64_t key_stride, int64_t key_head_stride, Array<void> values,
          int64_t value_stride, int64_t value_head_stride, int64_t requests, int64_t slot_count,
-         Array<int32_t> slots, Array<int32_t> slot_starts, Array<int32_t> row_starts,
-         Array<int32_t> trunk, Array<int32_t> branch, float scaling, int64_t window, float softcap,
-         Array<void> out, int isa, int threads) {
+         Array<int32_t> slots, Array<int32_t> slot_starts, Array<int32_t> slot_counts,
+         Array<int32_t> row_starts, Array<int32_t> trunk, Array<int32_t> branch, float scaling,
+         int64_t window, float softcap, Array<void> out, int isa, int threads) {
         const py::gil_scoped_release release;
-        tree_attention({DType{dtype},
-                        rows,
-                        heads,
-                        kv_heads,
-                        pool,
-                        width,
-                        value_width,
-                        {query, query_stride, query_head_stride},
-                        {keys, key_stride, key_head_stride},
-                        {values, value_stride, value_head_stride},
-                        {requests, slot_count, slots, slot_starts, row_starts, trunk, branch},
-                        scaling,
-                        window,
-                        softcap,
-                        out},
-                       Isa{isa}, threads);
+        tree_attention(
+            {DType{dtype},
+             rows,
+             heads,
+             kv_heads,
+             pool,
+             width,
+             value_width,
+             {query, query_stride, query_head_stride},
+             {keys, key_stride, key_head_stride},
+             {values, value_stride, value_head_stride},
+             {requests, slot_count, slots, slot_starts, slot_counts, row_starts, trunk, branch},
+             scaling,
+             window,
+             softcap,
+             out},
+            Isa{isa}, threads);
       });
 
   module.def("lora_rows", [](int dtype, int64_t rows, int64_t inputs, int64_t outputs,

@@ -65,10 +65,8 @@ void bind_models(py::module_& module) {
              [](int dtype, int64_t rows, int64_t inputs, int64_t outputs, Array<float> x,
                 Array<void> packed, uintptr_t bias, Array<float> out, int isa, int threads) {
                const py::gil_scoped_release release;
-               const Product product = {{DType{dtype}, inputs, outputs, packed},
-                                        pointer<const float>(bias),
-                                        out,
-                                        false};
+               const Product product = {
+                   {DType{dtype}, inputs, outputs, packed}, pointer<const float>(bias), out, false};
                multiply(x, rows, &product, 1, Isa{isa}, threads);
              });
 
@@ -81,29 +79,30 @@ void bind_models(py::module_& module) {
         return Stack({DType{dtype}, width, heads, kv_heads, head, inner, epsilon, scaling},
                      std::move(made), last_norm);
       }))
-      .def("run",
-           [](const Stack& stack, int64_t rows, Array<void> hidden, Array<int64_t> positions,
-              Array<int64_t> targets, int64_t requests, int64_t slot_count, Array<int32_t> slots,
-              Array<int32_t> slot_starts, Array<int32_t> row_starts, Array<int32_t> trunk,
-              Array<int32_t> branch, int64_t pool, const std::vector<uintptr_t>& keys,
-              const std::vector<uintptr_t>& values, int64_t adapters, int64_t rank,
-              uintptr_t segments, const std::vector<uintptr_t>& a, const std::vector<uintptr_t>& b,
-              int64_t angles, Array<float> cosines, Array<float> sines, Array<void> out, int isa,
-              int threads) {
-             const py::gil_scoped_release release;
-             stack.run({rows,
-                        hidden,
-                        positions,
-                        targets,
-                        {requests, slot_count, slots, slot_starts, row_starts, trunk, branch},
-                        pool,
-                        pointers<void>(keys),
-                        pointers<void>(values),
-                        {adapters, rank, pointer<const int32_t>(segments),
-                         pointers<const float>(a), pointers<const float>(b)},
-                        out},
-                       {angles, cosines, sines}, Isa{isa}, threads);
-           });
+      .def("run", [](const Stack& stack, int64_t rows, Array<void> hidden, Array<int64_t> positions,
+                     Array<int64_t> targets, int64_t requests, int64_t slot_count,
+                     Array<int32_t> slots, Array<int32_t> slot_starts, Array<int32_t> slot_counts,
+                     Array<int32_t> row_starts, Array<int32_t> trunk, Array<int32_t> branch,
+                     int64_t pool, const std::vector<uintptr_t>& keys,
+                     const std::vector<uintptr_t>& values, int64_t adapters, int64_t rank,
+                     uintptr_t segments, const std::vector<uintptr_t>& a,
+                     const std::vector<uintptr_t>& b, int64_t angles, Array<float> cosines,
+                     Array<float> sines, Array<void> out, int isa, int threads) {
+        const py::gil_scoped_release release;
+        stack.run(
+            {rows,
+             hidden,
+             positions,
+             targets,
+             {requests, slot_count, slots, slot_starts, slot_counts, row_starts, trunk, branch},
+             pool,
+             pointers<void>(keys),
+             pointers<void>(values),
+             {adapters, rank, pointer<const int32_t>(segments), pointers<const float>(a),
+              pointers<const float>(b)},
+             out},
+            {angles, cosines, sines}, Isa{isa}, threads);
+      });
 }
 
 }  // namespace fastguide

@@ -8,9 +8,9 @@
 namespace fastguide {
 namespace {
 
-constexpr std::int64_t kHeight = 6;          // rows of a tile
-constexpr std::int64_t kDepth = 256;         // inputs whose products are summed before they are added
-constexpr std::int64_t kRows = 96;           // of x, that stay in the L2 cache beside a panel
+constexpr std::int64_t kHeight = 6;   // rows of a tile
+constexpr std::int64_t kDepth = 256;  // inputs whose products are summed before they are added
+constexpr std::int64_t kRows = 96;    // of x, that stay in the L2 cache beside a panel
 constexpr std::int64_t kMinShare = 1 << 16;  // multiplications that are worth a thread
 
 // sums[h][j] = x[h] panel for `height` rows: a tile of height x kPanel numbers.
@@ -155,8 +155,8 @@ void multiply(const float* x, std::int64_t rows, const Product* products, std::i
   const std::int64_t blocks = (rows + kRows - 1) / kRows;
   const std::int64_t share = rows * inputs * panels * kPanel / kMinShare;
   const int team = static_cast<int>(std::clamp<std::int64_t>(share, 1, threads));
-  const bool exact = products[0].weight.dtype != DType::bfloat16 || isa != Isa::avx512 ||
-                     !has_bf16_products();
+  const bool exact =
+      products[0].weight.dtype != DType::bfloat16 || isa != Isa::avx512 || !has_bf16_products();
   const std::int64_t pairs = (inputs + 1) / 2;
   std::vector<std::uint32_t> halves;
   if (!exact) {

@@ -1,8 +1,8 @@
-// Products of rows with weights that were packed once: for a few rows their price is one read of the
-// weights, for many rows the multiplications.
+// Products of rows with weights that were packed once: for a few rows their price is one read of
+// the weights, for many rows the multiplications.
 //
-// Specification: torch.nn.functional.linear. Sums are fp32; 16-bit weights are widened in registers,
-// or multiplied as they are where the CPU can (AVX-512 BF16).
+// Specification: torch.nn.functional.linear. Sums are fp32; 16-bit weights are widened in
+// registers, or multiplied as they are where the CPU can (AVX-512 BF16).
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace fastguide {
 
-// Outputs that lie side by side: of input 0, then of input 1, and so on; of 16-bit weights two inputs
-// at a time, as the halves of a word.
+// Outputs that lie side by side: of input 0, then of input 1, and so on; of 16-bit weights two
+// inputs at a time, as the halves of a word.
 constexpr std::int64_t kPanel = 64;
 
 // A weight of [outputs, inputs], in panels of kPanel outputs, the last one filled up with zeros.
@@ -28,7 +28,8 @@ struct PackedWeight {
   }
 };
 
-// `weight` is [outputs, inputs] with any stride of rows; `packed` has panels() * panel_bytes() bytes.
+// `weight` is [outputs, inputs] with any stride of rows; `packed` has panels() * panel_bytes()
+// bytes.
 void pack_weight(const PackedWeight& shape, const void* weight, std::int64_t stride, void* packed,
                  int threads);
 

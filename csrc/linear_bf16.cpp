@@ -1,4 +1,5 @@
-// Products of bf16 numbers by AVX-512 BF16, in a file of its own because it is written in intrinsics.
+// Products of bf16 numbers by AVX-512 BF16, in a file of its own because it is written in
+// intrinsics.
 #include "linear.hpp"
 
 #if defined(__x86_64__)

@@ -168,9 +168,9 @@ class Pass {
                     attended_.data()},
                    isa_, threads_);
     each_row(heads * head, [&](std::int64_t n) {
-      run_loop<WidenRow<D>>(
-          isa_, static_cast<const void*>(at<D>(attended_.data(), n * heads * head)), heads * head,
-          &query_[n * heads * head]);
+      run_loop<WidenRow<D>>(isa_,
+                            static_cast<const void*>(at<D>(attended_.data(), n * heads * head)),
+                            heads * head, &query_[n * heads * head]);
     });
     project(layer, l, query_, heads * head, {{kOutput, hidden_.data()}}, true);
   }

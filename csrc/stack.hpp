@@ -1,5 +1,5 @@
-// The layers of a Llama-like decoder over the rows of a tree: everything between the embedding of the
-// tokens and the last norm, in one call. Between the layers rows are fp32.
+// The layers of a Llama-like decoder over the rows of a tree: everything between the embedding of
+// the tokens and the last norm, in one call. Between the layers rows are fp32.
 //
 // Specification: the forward pass of transformers' model, which tests compare.
 #pragma once

@@ -1,6 +1,6 @@
-// Tensors as arguments of bound functions. Of a tensor only its address is taken, by asking the Python
-// object for it, so no torch header is needed and one build serves every torch version. Shapes, dtypes
-// and contiguity are the business of kernels/native.py.
+// Tensors as arguments of bound functions. Of a tensor only its address is taken, by asking the
+// Python object for it, so no torch header is needed and one build serves every torch version.
+// Shapes, dtypes and contiguity are the business of kernels/native.py.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -73,6 +73,7 @@ def tree_attention(
     values: Tensor,
     slots: Tensor,
     slot_starts: Tensor,
+    slot_counts: Tensor,
     row_starts: Tensor,
     trunk: Tensor,
     branch: Tensor,
@@ -101,10 +102,11 @@ def tree_attention(
         )
     _tensor("layout.slots", slots, (slots.numel(),), _INT32, device)
     _tensor("layout.row_starts", row_starts, (max(1, row_starts.numel()),), _INT32, device)
-    _tensor("layout.slot_starts", slot_starts, row_starts.shape, _INT32, device)
+    requests = row_starts.shape[0] - 1
+    _tensor("layout.slot_starts", slot_starts, (requests,), _INT32, device)
+    _tensor("layout.slot_counts", slot_counts, (requests,), _INT32, device)
     _tensor("layout.trunk", trunk, (rows,), _INT32, device)
     _tensor("layout.branch", branch, (rows,), _INT32, device)
-    requests = row_starts.shape[0] - 1
     if rows > 0 and requests < 1:
         raise ValueError(f"layout must have at least 1 request for its {rows} rows, not 0.")
     if rows > 0 and not -(-rows // requests) <= max_rows <= rows:

@@ -257,8 +257,8 @@ def tree_attention(
     _refuse(obstacle(query, keys, values))
     rows, heads, width = query.shape
     pool, kv_heads, value_width = values.shape
-    slots, slot_starts, row_starts, trunk, branch = (
-        _ready(tensor, torch.int32) for tensor in layout[:5]
+    slots, slot_starts, slot_counts, row_starts, trunk, branch = (
+        _ready(tensor, torch.int32) for tensor in layout[:6]
     )
     out = torch.empty(rows, heads, value_width, dtype=query.dtype)
     _C.tree_attention(
@@ -279,6 +279,7 @@ def tree_attention(
         slots.shape[0],
         slots,
         slot_starts,
+        slot_counts,
         row_starts,
         trunk,
         branch,

@@ -178,6 +178,7 @@ def _tree_attention(
     values: Tensor,
     slots: Tensor,
     slot_starts: Tensor,
+    slot_counts: Tensor,
     row_starts: Tensor,
     trunk: Tensor,
     branch: Tensor,
@@ -188,7 +189,9 @@ def _tree_attention(
     softcap: float,
     impl: str,
 ) -> Tensor:
-    layout = TreeLayout(slots, slot_starts, row_starts, trunk, branch, max_slots, max_rows)
+    layout = TreeLayout(
+        slots, slot_starts, slot_counts, row_starts, trunk, branch, max_slots, max_rows
+    )
     head = max(query.shape[2], values.shape[2])
     module = dispatch.chosen(impl, query, keys, values, head=head)
     return module.tree_attention(

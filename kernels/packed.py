@@ -179,7 +179,7 @@ class NativeStack:
             targets,
             layout.row_starts.shape[0] - 1,
             layout.slots.shape[0],
-            *layout[:5],
+            *layout[:6],
             pool[0][0].shape[0],
             [keys.data_ptr() for keys, _ in pool],
             [values.data_ptr() for _, values in pool],

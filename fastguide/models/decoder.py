@@ -232,7 +232,7 @@ def _layout(batch: list[_Rows], device: torch.device) -> tuple[TreeLayout, np.nd
     ends = slots - rows - row_starts[:-1]  # own slot of a row, less its number among all rows
     positions = trunk + np.repeat(ends, rows) + np.arange(len(trunk)) - branch
     numbers = np.concatenate([n for part in batch for n in (part.sequence.slots, part.slots)])
-    arrays = (numbers, slot_starts, row_starts, trunk, branch)
+    arrays = (numbers, slot_starts[:-1], slots, row_starts, trunk, branch)
     tensors = [torch.from_numpy(a.astype(np.int32)).to(device) for a in arrays]
     layout = TreeLayout._make([*tensors, int(slots.max()), int(rows.max())])
     return layout, positions, row_starts

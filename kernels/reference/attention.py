@@ -18,9 +18,11 @@ class TreeLayout(NamedTuple):
     """
 
     slots: Tensor
-    """``[T]`` int32: slots of the KV pool, request after request."""
+    """``[T]`` int32: slots of the KV pool; each request's lie side by side."""
     slot_starts: Tensor
-    """``[R + 1]`` int32: where each request's slots begin."""
+    """``[R]`` int32: where each request's slots begin."""
+    slot_counts: Tensor
+    """``[R]`` int32: how many they are."""
     row_starts: Tensor
     """``[R + 1]`` int32: where each request's rows begin."""
     trunk: Tensor
@@ -57,11 +59,11 @@ def dense_tree(layout: TreeLayout, window: int = 0) -> DenseTree:
     """
     device = layout.slots.device
     row_starts, slot_starts = layout.row_starts.long(), layout.slot_starts.long()
-    rows, slots = row_starts.diff()[:, None], slot_starts.diff()[:, None]
+    rows, slots = row_starts.diff()[:, None], layout.slot_counts.long()[:, None]
     m = torch.arange(layout.max_rows, device=device)[None]
     length = torch.arange(layout.max_slots, device=device)[None]
     row = row_starts[:-1, None] + torch.minimum(m, rows - 1)
-    slot = slot_starts[:-1, None] + torch.where(length < slots, length, slots - 1)
+    slot = slot_starts[:, None] + torch.where(length < slots, length, slots - 1)
     own = (slots - rows + m)[:, :, None]
     trunk, branch = layout.trunk.long()[row][:, :, None], layout.branch.long()[row][:, :, None]
     at = length[:, None]

@@ -118,11 +118,12 @@ def _attention(
 ) -> None:  # fmt: skip
     rows, pool, slots = requests * candidates, 100_000, prefix + candidates
     starts, numbers = _tensor(requests + 1, dtype=int32), _tensor(rows, dtype=int32)
+    each = _tensor(requests, dtype=int32)
     attention.tree_attention(
         _tensor(rows, heads[0], size, dtype=dtype),
         _tensor(pool, heads[1], size, dtype=dtype),
         _tensor(pool, heads[1], size, dtype=dtype),
-        TreeLayout(numbers, starts, starts, numbers, numbers, slots, candidates),
+        TreeLayout(numbers, each, each, starts, numbers, numbers, slots, candidates),
         scaling=size**-0.5,
         window=window,
         softcap=softcap,

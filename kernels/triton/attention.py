@@ -84,6 +84,7 @@ def _tree_attention_kernel(
     values_ptr,
     slots_ptr,
     slot_starts_ptr,
+    slot_counts_ptr,
     row_starts_ptr,
     trunk_ptr,
     branch_ptr,
@@ -115,7 +116,7 @@ def _tree_attention_kernel(
     split = tl.program_id(2)
     row_start, slot_start = tl.load(row_starts_ptr + request), tl.load(slot_starts_ptr + request)
     rows = tl.load(row_starts_ptr + request + 1) - row_start
-    slots = tl.load(slot_starts_ptr + request + 1) - slot_start
+    slots = tl.load(slot_counts_ptr + request)
     if tl.program_id(1) * BLOCK_M >= rows * GROUP:
         return
     # Line m of the block is query head m % GROUP of the KV head, in row m // GROUP of the request.
@@ -233,7 +234,7 @@ def tree_attention(
             query,
             keys,
             values,
-            *(t.contiguous() for t in layout[:5]),
+            *(t.contiguous() for t in layout[:6]),
             float(scaling),
             float(softcap),
             window,

@@ -31,11 +31,9 @@ def layout_of(requests: list[Request], pool: int, seed: int = 0) -> TreeLayout:
             branch += [start] * length
         row_starts.append(len(trunk))
         slot_starts.append(slot_starts[-1] + prefix + chain + sum(branches))
-    numbers = [free[: slot_starts[-1]]]
-    numbers += [
-        torch.tensor(n, dtype=torch.int32) for n in (slot_starts, row_starts, trunk, branch)
-    ]
-    slots, rows = (torch.tensor(n).diff() for n in (slot_starts, row_starts))
+    slots, rows = (torch.tensor(n).diff().int() for n in (slot_starts, row_starts))
+    numbers = [free[: slot_starts[-1]], torch.tensor(slot_starts[:-1]).int(), slots]
+    numbers += [torch.tensor(n, dtype=torch.int32) for n in (row_starts, trunk, branch)]
     return TreeLayout(*numbers, max_slots=int(slots.max()), max_rows=int(rows.max()))
 
 
@@ -54,7 +52,8 @@ def definition(
     out = query.new_empty(query.shape[0], query.shape[1], values.shape[2])
     for r in range(len(layout.row_starts) - 1):
         first, last = layout.row_starts[r : r + 2].tolist()
-        slots = layout.slots[layout.slot_starts[r] : layout.slot_starts[r + 1]].long()
+        start, count = int(layout.slot_starts[r]), int(layout.slot_counts[r])
+        slots = layout.slots[start : start + count].long()
         for row in range(first, last):
             trunk, branch = int(layout.trunk[row]), int(layout.branch[row])
             own = len(slots) - (last - row)
@@ -214,12 +213,12 @@ def test_strided_queries_and_shared_slots(impl: Any) -> None:
 def test_strided_layouts_and_heads(impl: Any) -> None:
     """A layout of views: every second number, and one number for all rows."""
     layout = layout_of([(12, 0, [1] * 4)], 40)
-    spread = [torch.stack([t, torch.full_like(t, -9)], 1)[:, 0] for t in layout[:5]]
-    spread[3] = layout.trunk[:1].expand(4)
+    spread = [torch.stack([t, torch.full_like(t, -9)], 1)[:, 0] for t in layout[:6]]
+    spread[4] = layout.trunk[:1].expand(4)
     query, keys, values = torch.randn(4, 2, 64), torch.randn(40, 1, 64), torch.randn(40, 1, 64)
     if impl.name != "native":  # which wants heads in one piece
         query, keys, values = query[..., ::2], keys[..., ::2], values[..., ::2]
-    views = TreeLayout(*spread, *layout[5:])
+    views = TreeLayout(*spread, *layout[6:])
     found = impl(tree_attention, query, keys, values, views, scaling=0.2)
     exact = definition(query, keys, values, layout, scaling=0.2)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
@@ -247,7 +246,8 @@ def test_neighbours_change_nothing(impl: Any) -> None:
     query, (keys, values) = torch.randn(24, 4, 32), torch.randn(2, 500, 2, 32).unbind()
     alone = TreeLayout(
         both.slots[:110],
-        both.slot_starts[:2],
+        both.slot_starts[:1],
+        both.slot_counts[:1],
         both.row_starts[:2],
         both.trunk[:20],
         both.branch[:20],

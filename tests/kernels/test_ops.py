@@ -34,7 +34,8 @@ def arguments(name: str) -> tuple[Any, ...]:
         numbers = (ones.double(), ones.double(), torch.arange(3), torch.arange(3))
         return logits, ones, *top, torch.randn(2, 3, 6), torch.ones(2, 3).double(), *row, *numbers
     if name == "tree_attention":
-        layout = (int32(3, 1, 4, 5, 0, 2), int32(0, 4, 6), int32(0, 2, 3), int32(2, 2, 1))
+        slots, starts, counts = int32(3, 1, 4, 5, 0, 2), int32(0, 4), int32(4, 2)
+        layout = (slots, starts, counts, int32(0, 2, 3), int32(2, 2, 1))
         keys, values = torch.randn(7, 2, 16), torch.randn(7, 2, 16)
         return torch.randn(3, 4, 16), keys, values, *layout, int32(2, 3, 1), 4, 2, 0.25, 0, 0.0
     if name == "lora_rows":
@@ -192,11 +193,11 @@ def refusals() -> list[tuple[str, int, Any, str]]:
         ("tree_attention", 1, torch.zeros(7, 2, 8), r"keys must be \[7, 2, 16\], not \[7, 2, 8\]"),
         ("tree_attention", 2, torch.zeros(6, 2, 16), r"values must be \[7, 2, 16\]"),
         ("tree_attention", 3, torch.zeros(6), "layout.slots must be int32, not float32"),
-        ("tree_attention", 6, int32(1), r"layout.trunk must be \[3\], not \[1\]"),
-        ("tree_attention", 8, 1, r"max_slots must be at least max_rows, 2, not 1"),
-        ("tree_attention", 9, 1, r"max_rows must be 2 to 3 for 3 rows of 2 requests, not 1"),
-        ("tree_attention", 11, -1, r"window must be at least 0 \(none\), not -1"),
-        ("tree_attention", 12, -0.5, r"softcap must be finite.*, not -0.5"),
+        ("tree_attention", 7, int32(1), r"layout.trunk must be \[3\], not \[1\]"),
+        ("tree_attention", 9, 1, r"max_slots must be at least max_rows, 2, not 1"),
+        ("tree_attention", 10, 1, r"max_rows must be 2 to 3 for 3 rows of 2 requests, not 1"),
+        ("tree_attention", 12, -1, r"window must be at least 0 \(none\), not -1"),
+        ("tree_attention", 13, -0.5, r"softcap must be finite.*, not -0.5"),
         ("lora_rows", 2, torch.zeros(2, 3, 7), r"x must be \[5, 7\], not \[5, 8\]"),
         ("lora_rows", 4, int32(0, 5), r"segments must be \[3\], not \[2\]"),
         ("td_lambda", 2, torch.ones(2, 6), "mask must be bool, not float32"),
@@ -210,8 +211,8 @@ def test_wrong_input_gets_one_sentence(name: str, at: int, wrong: Any, said: str
     given[at] = wrong
     options: dict[str, Any] = {}
     if name == "tree_attention":
-        options = dict(zip(("scaling", "window", "softcap"), given[10:], strict=True))
-        given = [*given[:3], TreeLayout(*given[3:10])]
+        options = dict(zip(("scaling", "window", "softcap"), given[11:], strict=True))
+        given = [*given[:3], TreeLayout(*given[3:11])]
     elif name == "guide_sample":
         fields = "count mode scale weight seed position".split()
         options, given = dict(zip(fields, given[7:], strict=True)), given[:7]
@@ -236,8 +237,10 @@ def broken_layouts() -> list[tuple[dict[str, Tensor], str]]:
     return [
         ({"slots": int32(3, 1, 4, 5, 0, 7)}, "slots"),
         ({"slots": int32(3, 1, -1, 5, 0, 2)}, "slots"),
-        ({"slot_starts": int32(0, 7, 6)}, "slot_starts"),
-        ({"slot_starts": int32(1, 4, 6)}, "slot_starts"),
+        ({"slot_starts": int32(0, 5)}, "slot_starts"),
+        ({"slot_starts": int32(-1, 4)}, "slot_starts"),
+        ({"slot_counts": int32(4, 3)}, "slot_starts"),
+        ({"slot_counts": int32(4, -1)}, "slot_starts"),
         ({"row_starts": int32(0, 2, 4)}, "row_starts"),
         ({"row_starts": int32(0, 0, 3)}, "row"),
         ({"trunk": int32(3, 2, 1)}, "trunk"),
@@ -283,7 +286,7 @@ def test_triton_stays_inside_the_tensors_of_a_broken_layout(
 
     query, keys, values = map(within, (query, keys, values))
     inputs = len(guarded)
-    broken = TreeLayout(*map(within, broken[:5]), *broken[5:])
+    broken = TreeLayout(*map(within, broken[:6]), *broken[6:])
     monkeypatch.setattr(torch, "empty", empty)
     out = triton.tree_attention(query, keys, values, broken, scaling=scaling)
     monkeypatch.undo()
