@@ -16,67 +16,33 @@ from typing import Any
 
 import record
 import torch
+from others import time_transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-from fastguide import VAS, Plain, TreeScorer
-from fastguide.config import Rule
-from fastguide.engine.runner import ModelRunner, Row, RowSpec
-from fastguide.models.attention import NAME
-from fastguide.models.decoder import Decoder
-
-SHAPE = dict(
-    vocab_size=32_000,
-    hidden_size=768,
-    intermediate_size=2_048,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_key_value_heads=12,
-    max_position_embeddings=4_096,
+from shapes import (
+    GUIDE_SEED,
+    POLICY_SEED,
+    SHAPE,
+    build,
+    open_rows,
+    prompt_tokens,
+    random_llama,
 )
 
-
-def random_llama(device: str, attention: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The benchmark's model, the same weights each time."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def build(device: str, dtype: torch.dtype = torch.bfloat16) -> ModelRunner:
-    """Policy and guide, each with its own weights and pool."""
-    guide = random_llama(device, NAME, dtype)
-    torch.manual_seed(1)
-    head = torch.nn.Linear(SHAPE["hidden_size"], 1, device=device, dtype=dtype)
-    scorer = TreeScorer(Decoder(guide.model), head)
-    return ModelRunner(Decoder(random_llama(device, NAME, dtype)), {"value": scorer})
-
-
-def prompt_tokens(row: int, length: int) -> list[int]:
-    """A prompt of its own for each row."""
-    return [(31 * i + 7 * row) % SHAPE["vocab_size"] for i in range(length)]
-
-
-def open_rows(
-    runner: ModelRunner, rule: Rule, batch: int, prompt: int, temperature: float = 0.7
-) -> list[Row]:
-    """``batch`` requests with prompts of their own."""
-    weights = {"value": 1.0} if rule.guided else {}
-    parameters = rule.lower(temperature)
-    specs = [RowSpec(prompt_tokens(b, prompt), parameters, weights, [b]) for b in range(batch)]
-    return [row for rows in runner.open(specs) for row in rows]
+from fastguide import VAS, Plain
+from fastguide.engine.runner import ModelRunner
 
 
 @torch.inference_mode()
 def check(device: str, prompt: int = 32, steps: int = 4) -> None:
     """Greedy tokens, plain and guided, must be those of a full recompute in fp32."""
     runner = build(device, torch.float32)
-    policy, guide = (random_llama(device, "sdpa", torch.float32) for _ in range(2))
+    policy, guide = (
+        random_llama(device, "sdpa", torch.float32, seed=seed) for seed in (POLICY_SEED, GUIDE_SEED)
+    )
     head = runner.scorers["value"].head  # type: ignore[attr-defined]
     for rule in (Plain(), VAS(beta=20.0, k=5)):
-        rows = open_rows(runner, rule, 1, prompt, temperature=0.0)
+        rows = open_rows(runner, rule, [prompt_tokens(0, prompt)], temperature=0.0)
         found = [runner.step(rows)[0].tokens[0] for _ in range(steps)]
         tokens = prompt_tokens(0, prompt)
         for _ in range(steps):
@@ -92,27 +58,11 @@ def check(device: str, prompt: int = 32, steps: int = 4) -> None:
             raise SystemExit(f"{rule}: tokens {found}, but a full recompute gives {expected}")
 
 
-def time_transformers(device: str, batch: int, prompt: int, steps: int) -> float:
-    """Seconds per token step of ``transformers.generate``, unguided, without its prefill."""
-    model = random_llama(device, "sdpa")
-    ids = torch.randint(0, SHAPE["vocab_size"], (batch, prompt), device=device)
-
-    def run(count: int) -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=count
-            )
-        return time.perf_counter() - start
-
-    run(2)
-    return statistics.median((run(steps + 1) - run(1)) / steps for _ in range(3))
-
-
 def measure(runner: ModelRunner, arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Alternate unguided and guided steps; medians, spreads and phases of both."""
     rules = {"unguided": Plain(), "guided": VAS(beta=4.0, k=arguments.k)}
-    rows = {n: open_rows(runner, rule, batch, arguments.prompt) for n, rule in rules.items()}
+    prompts = [prompt_tokens(b, arguments.prompt) for b in range(batch)]
+    rows = {name: open_rows(runner, rule, prompts, 0.7) for name, rule in rules.items()}
     times: dict[str, list[float]] = {name: [] for name in rules}
     phases = {name: dict.fromkeys(runner.seconds, 0.0) for name in rules}
     for i in range(arguments.steps + 4):
