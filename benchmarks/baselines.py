@@ -159,7 +159,21 @@ def measure(plan: Plan, runner: ModelRunner) -> dict[str, Any]:
                     missing[name] = timing.reason
                 else:
                     times.setdefault(name, []).extend(timing.seconds)
-    rows = {}
+    return {
+        "batch": 1,
+        "prompt": plan.prompt,
+        "new_tokens": plan.steps,
+        "rounds": plan.rounds,
+        "methods": {name: case._asdict() for name, case in CASES.items()},
+        "published": published.versions if published else {},
+        "rows": _compared(times, outside),
+        "missing": missing,
+    }
+
+
+def _compared(times: dict[str, list[float]], outside: dict[str, int]) -> dict[str, Any]:
+    """Medians, and how many times fastguide's they are."""
+    rows: dict[str, Any] = {}
     for name, seconds in sorted(times.items(), key=lambda item: _order(item[0])):
         rate = round(1 / statistics.median(seconds), 1)
         rows[name] = record.spread(seconds) | {"tokens_per_s": rate, "steps": len(seconds)}
@@ -167,15 +181,7 @@ def measure(plan: Plan, runner: ModelRunner) -> dict[str, Any]:
         rows[name]["over_fastguide"] = round(rows[name]["ms"] / ours["ms"], 2)
         if name in outside:
             rows[name]["drawn_outside"] = outside[name]
-    return {
-        "batch": 1,
-        "prompt": plan.prompt,
-        "new_tokens": plan.steps,
-        "rounds": plan.rounds,
-        "methods": {name: case._asdict() for name, case in CASES.items()},
-        "rows": rows,
-        "missing": missing,
-    }
+    return rows
 
 
 def _order(name: str) -> tuple[int, int]:

@@ -1,10 +1,13 @@
 """Tokens per second, guided and unguided, and where a step's time goes.
 
     python benchmarks/bench_engine.py [--batch 1 8] [--prompt 256] [--k 20] [--save NAME]
+        [--published-python PYTHON --args-repo FOLDER --vas-repo FOLDER] [--gpt-fast-repo FOLDER]
 
 The model is a Llama of 110 M parameters with random weights (12 layers, width 768, vocabulary
 32,000, bf16), the guide another of the same shape. Guided and unguided steps alternate in one
 run, so that a noisy machine disturbs both alike; ``transformers.generate`` is timed beside them.
+At batch 1 so are plain transformers code for the same methods and, where clones of it are given,
+the code that was published with them (``docs/baselines.md``).
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import statistics
 import time
 from typing import Any
 
+import baselines
 import record
 import torch
 from others import time_transformers
+from published import Source
 from rich.console import Console
 from rich.table import Table
 from shapes import (
@@ -115,17 +120,35 @@ def show(results: list[dict[str, Any]]) -> None:
         console.print(f"batch {result['batch']}: a guided step takes {ratio:.2f} unguided steps")
 
 
+def show_baselines(found: dict[str, Any]) -> None:
+    """Print one line per method and who decodes it."""
+    table = Table("batch 1", "ms/step (p20-p80)", "tokens/s", "/ fastguide")
+    for name, r in found["rows"].items():
+        times = f"{r['ms']:.1f} ({r['p20_ms']:.1f}-{r['p80_ms']:.1f})"
+        table.add_row(name, times, f"{r['tokens_per_s']:.1f}", f"{r['over_fastguide']:.2f}")
+    console = Console()
+    console.print(table)
+    for reason in found["missing"].values():
+        console.print(f"not timed: {reason}", highlight=False)
+
+
 def main() -> None:
     """Run the benchmark and, with --save, keep its record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    arguments = parser.parse_args()
+    arguments = read_arguments()
+    source = None
+    if arguments.published_python:
+        source = Source(arguments.published_python, arguments.args_repo, arguments.vas_repo)
+    plan = baselines.Plan(
+        arguments.device,
+        arguments.prompt,
+        arguments.new_tokens,
+        arguments.rounds,
+        source,
+        arguments.gpt_fast_repo,
+    )
     check(arguments.device)
+    if arguments.baselines:
+        baselines.check(arguments.device, source)
     runner = build(arguments.device)
     results = [measure(runner, arguments, batch) for batch in arguments.batch]
     show(results)
@@ -136,8 +159,35 @@ def main() -> None:
         "shape": SHAPE | {"dtype": "bfloat16", "prompt": arguments.prompt, "k": arguments.k},
         "results": results,
     }
+    if arguments.baselines:
+        whole["baselines"] = baselines.measure(plan, runner)
+        show_baselines(whole["baselines"])
     if arguments.save:
         print(f"record: {record.save(arguments.save, whole)}")
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line, with what belongs together."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    group = parser.add_argument_group("baselines, at batch 1")
+    group.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--new-tokens", type=int, default=64, help="of each response")
+    group.add_argument("--rounds", type=int, default=3, help="responses of each row")
+    group.add_argument("--published-python", metavar="PYTHON", help="one with transformers 4.36")
+    group.add_argument("--args-repo", metavar="FOLDER", help="a clone of the published ARGS")
+    group.add_argument("--vas-repo", metavar="FOLDER", help="a clone of the published VAS")
+    group.add_argument("--gpt-fast-repo", metavar="FOLDER", help="a clone of gpt-fast")
+    arguments = parser.parse_args()
+    repositories = arguments.args_repo or arguments.vas_repo
+    if bool(repositories) != bool(arguments.published_python):
+        parser.error("--published-python needs --args-repo or --vas-repo, and they need it")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ class Published:
     ) -> None:
         self.source = source
         self.device, self.dtype, self.shape = device, dtype, shape
+        self.versions: dict[str, str] = {}
+        """Of the libraries, and the commits of the clones that have answered."""
 
     def __enter__(self) -> Published:
         self.folder = tempfile.TemporaryDirectory(prefix="published-")
@@ -72,7 +74,10 @@ class Published:
 
     def offers(self, method: Method) -> bool:
         """Whether this method's repository is there."""
-        return getattr(self.source, method.name) is not None
+        return self._repository(method) is not None
+
+    def _repository(self, method: Method) -> str | None:
+        return self.source.vas if method.name == "vas" else self.source.args
 
     def decode(
         self, method: Method, prompt: Sequence[int], steps: int, **more: Any
@@ -96,7 +101,14 @@ class Published:
             words = self.errors.read()[-2000:]
             raise RuntimeError(f"the published code of {method.name} failed:\n{words}")
         found = json.loads(answer)
+        self.versions |= found["versions"] | {method.name: _commit(self._repository(method))}
         return found["tokens"], found["seconds"]
+
+
+def _commit(repository: str | None) -> str:
+    command = ["git", "-C", str(repository), "rev-parse", "--short", "HEAD"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
 
 
 def write_models(folder: Path, dtype: torch.dtype, shape: Shape) -> None:
@@ -120,6 +132,8 @@ def write_models(folder: Path, dtype: torch.dtype, shape: Shape) -> None:
             "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": None,
-            "pad_token_id": 0,
+            # transformers would mask this token out of a prompt that has it; the sequence
+            # classifier refuses several rows without one.
+            "pad_token_id": None if name == "policy" else 0,
         }
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")

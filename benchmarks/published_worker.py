@@ -5,7 +5,7 @@ It runs in an environment of its own, with the versions that they were written f
 line of its input and writes an answer to each:
 
     {"method": "args", "tokens": [...], "k": 10, "strength": 1.5, "temperature": 0.0, "steps": 64}
-    {"tokens": [...], "seconds": [...]}
+    {"tokens": [...], "seconds": [...], "versions": {...}}
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+import trl
 import trl.trainer.utils
 from safetensors.torch import load_file
 from step_clock import StepClock
@@ -155,7 +156,11 @@ def main() -> None:
             loaded[name] = make(arguments.folder, repository, arguments.device, dtype)
         with StepClock(loaded[name].policy) as clock:
             output = loaded[name].decode(request)
-        answer = {"tokens": output[len(request["tokens"]) :], "seconds": clock.seconds}
+        answer = {
+            "tokens": output[len(request["tokens"]) :],
+            "seconds": clock.seconds,
+            "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
+        }
         print(json.dumps(answer), file=answers, flush=True)
 
 
