@@ -1,7 +1,7 @@
 """fastguide's steps beside the baselines', for one request: who decodes what, in which order.
 
-The rows that live in this process take turns step by step; those that only decode whole responses
-(``transformers.generate``, the published code in its own process) take turns round by round.
+The rows that live in this process take turns every few steps; those that only decode whole
+responses (``transformers.generate``, the published code in its own process) every round.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ from fastguide import ARGS, VAS, Plain
 from fastguide.config import Rule
 from fastguide.engine.runner import ModelRunner
 
-# With β = 20 the candidates have nearly all of the mass although random weights give a flat
+# With β = 100 the candidates have nearly all of the mass although random weights give a flat
 # distribution. A draw past them costs the honest baseline a second pass of the guide.
 CASES = {
-    "VAS k=20": Method("vas", 20, 20.0, 0.7),
+    "VAS k=20": Method("vas", 20, 100.0, 0.7),
     "ARGS k=10": Method("args", 10, 1.5, 0.0),
     "ARGS k=10 sampled": Method("args", 10, 1.5, 0.7),
 }
 WARM_UP = 4
 """Steps that open each round and are not counted."""
+CHUNK = 8
+"""Steps of a turn: others' decoding is not broken off at every step either."""
 
 
 class Plan(NamedTuple):
@@ -212,12 +214,13 @@ def _round(
     turns: dict[str, Callable[[], object]] = {n: _stepper(runner, r) for n, r in opened.items()}
     turns |= {name: decoding.step for name, decoding in honest.items()}
     times: dict[str, list[float]] = {name: [] for name in turns}
-    for step in range(WARM_UP + plan.steps):
+    for begin in range(0, WARM_UP + plan.steps, CHUNK):
         for name, turn in turns.items():
-            start = time.perf_counter()
-            turn()
-            if step >= WARM_UP:
-                times[name].append(time.perf_counter() - start)
+            for step in range(begin, min(begin + CHUNK, WARM_UP + plan.steps)):
+                start = time.perf_counter()
+                turn()
+                if step >= WARM_UP:
+                    times[name].append(time.perf_counter() - start)
     for rows in opened.values():
         for row in rows:
             row.close()

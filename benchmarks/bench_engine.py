@@ -122,7 +122,8 @@ def show(results: list[dict[str, Any]]) -> None:
 
 def show_baselines(found: dict[str, Any]) -> None:
     """Print one line per method and who decodes it."""
-    table = Table("batch 1", "ms/step (p20-p80)", "tokens/s", "/ fastguide")
+    table = Table("batch 1", "ms/token (p20-p80)", "tokens/s", "/ fastguide")
+    table.columns[0].no_wrap = True
     for name, r in found["rows"].items():
         times = f"{r['ms']:.1f} ({r['p20_ms']:.1f}-{r['p80_ms']:.1f})"
         table.add_row(name, times, f"{r['tokens_per_s']:.1f}", f"{r['over_fastguide']:.2f}")

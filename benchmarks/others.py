@@ -6,7 +6,6 @@ Each function gives seconds of each token after the first, or says why it cannot
 from __future__ import annotations
 
 import importlib
-import json
 import statistics
 import sys
 import tempfile
@@ -14,7 +13,6 @@ import time
 import types
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -153,8 +151,6 @@ def vllm_decoder(setting: Setting) -> Callable[[], Timing]:
         return lambda: Timing(None, reason)
     with tempfile.TemporaryDirectory() as folder:
         random_llama("cpu", "sdpa", shape=setting.shape).save_pretrained(folder)
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        (Path(folder) / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
         engine = vllm.LLM(
             model=folder,
             skip_tokenizer_init=True,

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 import transformers
-import trl
-import trl.trainer.utils
 from safetensors.torch import load_file
 from step_clock import StepClock
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+LIBRARIES = ("torch", "transformers", "trl")
 PUBLISHED_VAS_K = 20
 """What ``VASTrainer.generate`` scores; it takes no other number."""
 
@@ -82,9 +81,11 @@ class Vas:
     """
 
     def __init__(self, folder: Path, repository: str, device: str, dtype: torch.dtype) -> None:
-        # TRL takes two of the names that the published configuration passes no more.
-        exact_div = trl.trainer.utils.exact_div
-        trl.trainer.utils.exact_div = lambda a, b, *words: exact_div(a, b, words[-1])
+        # Of TRL's releases those that give back a cache divide with fewer words than the published
+        # configuration passes.
+        divisions = importlib.import_module("trl.trainer.utils")
+        exact_div = divisions.exact_div
+        divisions.exact_div = lambda a, b, *words: exact_div(a, b, words[-1])
         published = clone(repository, "vas_trainer")
         self.whole = False
 
@@ -159,7 +160,7 @@ def main() -> None:
         answer = {
             "tokens": output[len(request["tokens"]) :],
             "seconds": clock.seconds,
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
+            "versions": {n: sys.modules[n].__version__ for n in LIBRARIES if n in sys.modules},
         }
         print(json.dumps(answer), file=answers, flush=True)
 
