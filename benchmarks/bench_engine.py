@@ -1,10 +1,13 @@
 """Tokens per second, guided and unguided, and where a step's time goes.
 
     python benchmarks/bench_engine.py [--batch 1 8] [--prompt 256] [--k 20] [--save NAME]
+        [--published-python PYTHON --args-repo FOLDER --vas-repo FOLDER] [--gpt-fast-repo FOLDER]
 
 The model is a Llama of 110 M parameters with random weights (12 layers, width 768, vocabulary
 32,000, bf16), the guide another of the same shape. Guided and unguided steps alternate in one
 run, so that a noisy machine disturbs both alike; ``transformers.generate`` is timed beside them.
+At batch 1 so are plain transformers code for the same methods and, where clones of it are given,
+the code that was published with them (``docs/baselines.md``).
 """
 
 from __future__ import annotations
@@ -14,69 +17,37 @@ import statistics
 import time
 from typing import Any
 
+import baselines
 import record
 import torch
+from others import time_transformers
+from published import Source
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
-
-from fastguide import VAS, Plain, TreeScorer
-from fastguide.config import Rule
-from fastguide.engine.runner import ModelRunner, Row, RowSpec
-from fastguide.models.attention import NAME
-from fastguide.models.decoder import Decoder
-
-SHAPE = dict(
-    vocab_size=32_000,
-    hidden_size=768,
-    intermediate_size=2_048,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_key_value_heads=12,
-    max_position_embeddings=4_096,
+from shapes import (
+    GUIDE_SEED,
+    POLICY_SEED,
+    SHAPE,
+    build,
+    open_rows,
+    prompt_tokens,
+    random_llama,
 )
 
-
-def random_llama(device: str, attention: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The benchmark's model, the same weights each time."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def build(device: str, dtype: torch.dtype = torch.bfloat16) -> ModelRunner:
-    """Policy and guide, each with its own weights and pool."""
-    guide = random_llama(device, NAME, dtype)
-    torch.manual_seed(1)
-    head = torch.nn.Linear(SHAPE["hidden_size"], 1, device=device, dtype=dtype)
-    scorer = TreeScorer(Decoder(guide.model), head)
-    return ModelRunner(Decoder(random_llama(device, NAME, dtype)), {"value": scorer})
-
-
-def prompt_tokens(row: int, length: int) -> list[int]:
-    """A prompt of its own for each row."""
-    return [(31 * i + 7 * row) % SHAPE["vocab_size"] for i in range(length)]
-
-
-def open_rows(
-    runner: ModelRunner, rule: Rule, batch: int, prompt: int, temperature: float = 0.7
-) -> list[Row]:
-    """``batch`` requests with prompts of their own."""
-    weights = {"value": 1.0} if rule.guided else {}
-    parameters = rule.lower(temperature)
-    specs = [RowSpec(prompt_tokens(b, prompt), parameters, weights, [b]) for b in range(batch)]
-    return [row for rows in runner.open(specs) for row in rows]
+from fastguide import VAS, Plain
+from fastguide.engine.runner import ModelRunner
 
 
 @torch.inference_mode()
 def check(device: str, prompt: int = 32, steps: int = 4) -> None:
     """Greedy tokens, plain and guided, must be those of a full recompute in fp32."""
     runner = build(device, torch.float32)
-    policy, guide = (random_llama(device, "sdpa", torch.float32) for _ in range(2))
+    policy, guide = (
+        random_llama(device, "sdpa", torch.float32, seed=seed) for seed in (POLICY_SEED, GUIDE_SEED)
+    )
     head = runner.scorers["value"].head  # type: ignore[attr-defined]
     for rule in (Plain(), VAS(beta=20.0, k=5)):
-        rows = open_rows(runner, rule, 1, prompt, temperature=0.0)
+        rows = open_rows(runner, rule, [prompt_tokens(0, prompt)], temperature=0.0)
         found = [runner.step(rows)[0].tokens[0] for _ in range(steps)]
         tokens = prompt_tokens(0, prompt)
         for _ in range(steps):
@@ -92,27 +63,11 @@ def check(device: str, prompt: int = 32, steps: int = 4) -> None:
             raise SystemExit(f"{rule}: tokens {found}, but a full recompute gives {expected}")
 
 
-def time_transformers(device: str, batch: int, prompt: int, steps: int) -> float:
-    """Seconds per token step of ``transformers.generate``, unguided, without its prefill."""
-    model = random_llama(device, "sdpa")
-    ids = torch.randint(0, SHAPE["vocab_size"], (batch, prompt), device=device)
-
-    def run(count: int) -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=count
-            )
-        return time.perf_counter() - start
-
-    run(2)
-    return statistics.median((run(steps + 1) - run(1)) / steps for _ in range(3))
-
-
 def measure(runner: ModelRunner, arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Alternate unguided and guided steps; medians, spreads and phases of both."""
     rules = {"unguided": Plain(), "guided": VAS(beta=4.0, k=arguments.k)}
-    rows = {n: open_rows(runner, rule, batch, arguments.prompt) for n, rule in rules.items()}
+    prompts = [prompt_tokens(b, arguments.prompt) for b in range(batch)]
+    rows = {name: open_rows(runner, rule, prompts, 0.7) for name, rule in rules.items()}
     times: dict[str, list[float]] = {name: [] for name in rules}
     phases = {name: dict.fromkeys(runner.seconds, 0.0) for name in rules}
     for i in range(arguments.steps + 4):
@@ -165,17 +120,36 @@ def show(results: list[dict[str, Any]]) -> None:
         console.print(f"batch {result['batch']}: a guided step takes {ratio:.2f} unguided steps")
 
 
+def show_baselines(found: dict[str, Any]) -> None:
+    """Print one line per method and who decodes it."""
+    table = Table("batch 1", "ms/token (p20-p80)", "tokens/s", "/ fastguide")
+    table.columns[0].no_wrap = True
+    for name, r in found["rows"].items():
+        times = f"{r['ms']:.1f} ({r['p20_ms']:.1f}-{r['p80_ms']:.1f})"
+        table.add_row(name, times, f"{r['tokens_per_s']:.1f}", f"{r['over_fastguide']:.2f}")
+    console = Console()
+    console.print(table)
+    for reason in found["missing"].values():
+        console.print(f"not timed: {reason}", highlight=False)
+
+
 def main() -> None:
     """Run the benchmark and, with --save, keep its record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--k", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
-    arguments = parser.parse_args()
+    arguments = read_arguments()
+    source = None
+    if arguments.published_python:
+        source = Source(arguments.published_python, arguments.args_repo, arguments.vas_repo)
+    plan = baselines.Plan(
+        arguments.device,
+        arguments.prompt,
+        arguments.new_tokens,
+        arguments.rounds,
+        source,
+        arguments.gpt_fast_repo,
+    )
     check(arguments.device)
+    if arguments.baselines:
+        baselines.check(arguments.device, source)
     runner = build(arguments.device)
     results = [measure(runner, arguments, batch) for batch in arguments.batch]
     show(results)
@@ -186,8 +160,35 @@ def main() -> None:
         "shape": SHAPE | {"dtype": "bfloat16", "prompt": arguments.prompt, "k": arguments.k},
         "results": results,
     }
+    if arguments.baselines:
+        whole["baselines"] = baselines.measure(plan, runner)
+        show_baselines(whole["baselines"])
     if arguments.save:
         print(f"record: {record.save(arguments.save, whole)}")
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line, with what belongs together."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    group = parser.add_argument_group("baselines, at batch 1")
+    group.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--new-tokens", type=int, default=64, help="of each response")
+    group.add_argument("--rounds", type=int, default=3, help="responses of each row")
+    group.add_argument("--published-python", metavar="PYTHON", help="one with transformers 4.36")
+    group.add_argument("--args-repo", metavar="FOLDER", help="a clone of the published ARGS")
+    group.add_argument("--vas-repo", metavar="FOLDER", help="a clone of the published VAS")
+    group.add_argument("--gpt-fast-repo", metavar="FOLDER", help="a clone of gpt-fast")
+    arguments = parser.parse_args()
+    repositories = arguments.args_repo or arguments.vas_repo
+    if bool(repositories) != bool(arguments.published_python):
+        parser.error("--published-python needs --args-repo or --vas-repo, and they need it")
+    return arguments
 
 
 if __name__ == "__main__":

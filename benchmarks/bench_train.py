@@ -21,10 +21,10 @@ from typing import Any
 
 import record
 import torch
-from bench_engine import SHAPE
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from shapes import SHAPE
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,

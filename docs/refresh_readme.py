@@ -100,6 +100,32 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def baselines() -> str:
+    """The same work done by others, from those records of the engine's benchmark that have it."""
+    lines = []
+    for record in records("engine"):
+        if "baselines" not in record:
+            continue
+        environment, found = record["environment"], record["baselines"]
+        versions = ", ".join(f"{name} {version}" for name, version in found["published"].items())
+        lines += [
+            f"{environment['device']}, {environment['threads']} threads, torch "
+            f"{environment['torch']}, transformers {environment['transformers']}, prompt of "
+            f"{found['prompt']} tokens, {found['rounds']} times {found['new_tokens']} new ones"
+            f"{f'; published: {versions}' if versions else ''}.",
+            "",
+            "| row | ms per token (p20 to p80) | tokens/s | / fastguide |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        lines += [
+            f"| {name} | {r['ms']:.1f} ({r['p20_ms']:.1f} to {r['p80_ms']:.1f}) "
+            f"| {r['tokens_per_s']:.1f} | {r['over_fastguide']:.2f} |"
+            for name, r in found["rows"].items()
+        ]
+        lines.append("")
+    return "\n".join(lines).rstrip() or "No record has them yet."
+
+
 def ops() -> str:
     """Every op beside its fastest rival, from the op benchmark's records."""
     lines = []
@@ -248,6 +274,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "quality": (README, quality),
     "reward": (README, functools.partial(equal_reward, (16, 64, 128))),
     "speed": (README, speed),
+    "baselines": (ROOT / "docs/baselines.md", baselines),
     "ops": (KERNELS, ops),
     "training": (TRAIN, training),
 }
