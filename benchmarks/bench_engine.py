@@ -65,8 +65,10 @@ def open_rows(
     """``batch`` requests with prompts of their own."""
     weights = {"value": 1.0} if rule.guided else {}
     parameters = rule.lower(temperature)
-    specs = [RowSpec(prompt_tokens(b, prompt), parameters, weights, [b]) for b in range(batch)]
-    return [row for rows in runner.open(specs) for row in rows]
+    specs = [RowSpec(prompt_tokens(b, prompt), parameters, weights, b) for b in range(batch)]
+    rows = runner.open(specs)
+    runner.prefill(rows, [prompt] * batch)
+    return rows
 
 
 @torch.inference_mode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,18 +9,20 @@ from typing import TypeVar
 import torch
 
 from fastguide import assets
-from fastguide.config import Rule
+from fastguide.config import MAX_CANDIDATES, Rule
+from fastguide.engine.caches import Caches, check_memory, reserve
+from fastguide.engine.loop import Loop
 from fastguide.engine.progress import progress as progress_bar
-from fastguide.engine.requests import Limits, Request, Sample, build_request, per_prompt
+from fastguide.engine.requests import Limits, build_request, per_prompt
 from fastguide.engine.runner import ModelRunner
-from fastguide.engine.scheduler import Scheduler
+from fastguide.engine.samples import Event, Request
+from fastguide.engine.stats import EngineStats
 from fastguide.engine.text import Prompt, TextStream, as_prompts, encode
 from fastguide.guides import Guide, LoadContext, ValueGuide
 from fastguide.models.fingerprint import fingerprint
 from fastguide.models.loading import (
     load_policy,
     load_tokenizer,
-    one_line,
     resolve_device,
 )
 from fastguide.models.locate import locate
@@ -57,6 +57,9 @@ class Engine:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         max_rows: int = 64,
+        kv_memory: int | float | None = None,
+        prefill_tokens: int | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         """Load the policy and its guides.
 
@@ -70,13 +73,21 @@ class Engine:
             trust_remote_code: run code shipped with checkpoints.
             allow_pickle: also load weights that are not safetensors.
             max_rows: most samples that decode together; the others wait.
+            kv_memory: for the caches of all models together: bytes (a whole number), or a fraction
+                of the memory that is free once the models are loaded. None takes 0.9 of it on a
+                GPU, and half of it but at most 8 GiB on a CPU, if so much is of any use.
+            prefill_tokens: most prompt tokens that a step computes in each model, so that long
+                prompts do not hold up what runs; None is 512 on a CPU and 2,048 on a GPU.
+            prefix_cache: keep the beginnings of earlier requests, until their memory is needed.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
-                fit together, and for guides that are none.
+                fit together, for guides that are none, and where memory does not suffice.
         """
-        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows!r}; allowed are whole numbers from 1")
+        _check_count("max_rows", max_rows)
+        if prefill_tokens is not None:
+            _check_count("prefill_tokens", prefill_tokens)
+        check_memory(kv_memory)
         if guides is None:
             guides = {n: ValueGuide(n) for n in assets.guides()} if model is None else {}
         _check_guides(guides)
@@ -104,14 +115,45 @@ class Engine:
         self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
         scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = ModelRunner(policy, scorers)
-        self.max_rows = max_rows
         self.limits = Limits(
             vocabulary=vocabulary,
             context=policy.context,
             guide_contexts={name: scorer.context for name, scorer in scorers.items()},
             guide_kinds={name: getattr(scorer, "kind", None) for name, scorer in scorers.items()},
         )
-        self._end_tokens = self._find_end_tokens()
+        caches = Caches(policy, scorers)
+        longest = policy.context and max_rows * (policy.context + MAX_CANDIDATES)
+        reserve(caches, kv_memory, where, longest, prefix_cache)
+        if prefill_tokens is None:
+            prefill_tokens = 512 if where.type == "cpu" else 2048
+        self.loop = Loop(
+            self.runner,
+            caches,
+            self.tokenizer,
+            self._find_end_tokens(),
+            max_rows=max_rows,
+            prefill_tokens=prefill_tokens,
+        )
+
+    @property
+    def max_rows(self) -> int:
+        """Most samples that decode together; may be changed at any time."""
+        return self.loop.scheduler.max_rows
+
+    @max_rows.setter
+    def max_rows(self, rows: int) -> None:
+        _check_count("max_rows", rows)
+        self.loop.scheduler.max_rows = rows
+
+    @property
+    def stats(self) -> EngineStats:
+        """What runs and waits, and what the caches hold."""
+        return self.loop.stats
+
+    def clear_prefixes(self) -> None:
+        """Forget the beginnings of earlier requests: only what runs keeps slots."""
+        with self.loop.lock:
+            self.loop.caches.clear()
 
     @property
     def guides(self) -> list[str]:
@@ -223,111 +265,68 @@ class Engine:
         rules = per_prompt("rule", rule, count)
         weighings = per_prompt("weights", weights, count)
         samplings = per_prompt("sampling", sampling, count)
-        requests: list[Request] = []
-        for i, prompt in enumerate(prompts):
-            try:
-                tokens = encode(self.tokenizer, prompt)
-                requests.append(
-                    build_request(i, tokens, rules[i], weighings[i], samplings[i], self.limits)
-                )
-            except ValueError as error:
-                where = f"prompt {i}: " if count > 1 else ""
-                refused = Completion(i, 0, finish_reason="error", error=f"{where}{error}")
-                if (item := emit(refused, None)) is not None:
-                    yield item
-        scheduler = Scheduler(requests, self.max_rows)
-        fresh: deque[Sample] = deque()  # being stepped, and not yet shown to ``emit``
+        news: dict[int, Event] = {}
+        live: list[Request] = []
+        following = 0
+
+        def feed() -> None:
+            """Queue as many prompts as can start soon, and no more: there may be very many."""
+            nonlocal following
+            live[:] = [request for request in live if request.live]
+            waiting = sum(request.waiting for request in live)
+            while following < count and waiting < self.max_rows:
+                i, following = following, following + 1
+                try:
+                    request = self.request(prompts[i], rules[i], weighings[i], samplings[i], i)
+                except ValueError as error:
+                    where = f"prompt {i}: " if count > 1 else ""
+                    refused = Completion(i, 0, finish_reason="error", error=f"{where}{error}")
+                    news[id(refused)] = Event(None, refused, None)
+                    continue
+                request.news = news
+                self.loop.add(request)
+                live.append(request)
+                waiting += request.waiting
 
         def items() -> Iterator[T]:
-            while fresh:
-                sample = fresh.popleft()
-                if (item := emit(sample.completion, sample.text)) is not None:
+            while news:
+                event = news.pop(next(iter(news)))
+                if (item := emit(event.completion, event.text)) is not None:
                     yield item
 
         try:
-            while not scheduler.done:
-                for request in self._start(scheduler.admit()):
-                    refused = Completion(
-                        request.index, request.begun, finish_reason="error", error=request.refused
-                    )
-                    if (item := emit(refused, None)) is not None:
-                        yield item
-                alive = [sample for request in scheduler.running for sample in request.samples]
-                if alive:
-                    fresh.extend(alive)
-                    self._step(alive)
+            while True:
+                feed()
+                yield from items()
+                if not live and following == count:
+                    return
+                if live:
+                    self.loop.step()
                     yield from items()
-                scheduler.retire()
         except KeyboardInterrupt:
-            fresh.extend(
-                s for r in scheduler.running for s in r.samples if s.running and s not in fresh
-            )
-            for sample in fresh:
-                if sample.running:
-                    sample.finish("aborted")
+            for request in live:
+                self.loop.abort(request)
             yield from items()
             raise
         finally:
-            for request in scheduler.running:
-                request.close()
+            for request in live:
+                self.loop.cancel(request)
 
-    def _start(self, admitted: list[tuple[Request, int]]) -> list[Request]:
-        """Start so many samples of each request; new requests are prefilled together.
+    def request(
+        self,
+        prompt: Prompt,
+        rule: Rule | None = None,
+        weights: Mapping[str, float] | None = None,
+        sampling: SamplingParams | None = None,
+        index: int = 0,
+    ) -> Request:
+        """A prompt as the loop takes it.
 
-        Returns:
-            Requests of which something could not be started; they have ``refused`` set.
+        Raises:
+            ValueError: one sentence with the received and the allowed value.
         """
-        now = time.perf_counter()
-        self._open([request for request, _ in admitted if request.begun == 0])
-        for request, count in admitted:
-            if request.refused is None:
-                try:
-                    request.start(count, self.tokenizer, now)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:
-                    request.refuse(one_line(error))
-        return [request for request, _ in admitted if request.refused is not None]
-
-    def _open(self, requests: list[Request]) -> None:
-        """Prefill the prompts of new requests; where that fails, of each alone."""
-        if not requests:
-            return
-        try:
-            opened = self.runner.open([request.prompt for request in requests])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if len(requests) > 1:
-                for request in requests:
-                    self._open([request])
-            else:
-                requests[0].refuse(one_line(error))
-            return
-        for request, (row,) in zip(requests, opened, strict=True):
-            request.stem = row
-
-    def _step(self, samples: list[Sample]) -> None:
-        """One token for every sample; ends those that are complete or have failed."""
-        step, scores = self.runner.step([sample.row for sample in samples])
-        for i, sample in enumerate(samples):
-            sampling = sample.request.sampling
-            if sample.row.error is not None:
-                where = f"prompt {sample.request.index}, sample {sample.completion.sample}: "
-                sample.finish("error", where + sample.row.error)
-                continue
-            token, done = step.tokens[i], sample.completion
-            done.token_ids.append(token)
-            done.logprobs.append(step.logprobs[i])
-            done.base_logprobs.append(step.base_logprobs[i])
-            done.kl.append(step.kl[i])
-            done.scores.append(scores[i])
-            ends = token in self._end_tokens and not sampling.ignore_eos
-            ends = ends or token in sampling.stop_token_ids
-            if ends or sample.text.add(token):
-                sample.finish("stop")
-            elif len(done.token_ids) >= sample.request.max_tokens:
-                sample.finish("length")
+        tokens = encode(self.tokenizer, prompt)
+        return build_request(index, tokens, rule, weights, sampling, self.limits)
 
     def _find_end_tokens(self) -> frozenset[int]:
         model = self.runner.policy.model
@@ -337,6 +336,11 @@ class Engine:
             if ids is not None:
                 found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
         return frozenset(found)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
 
 
 def _check_guides(guides: object) -> None:
