@@ -103,15 +103,15 @@ class Request:
         """Why the caches can never hold one of its samples; None if they can."""
         assert self.caches is not None
         needed, there = self.slots(len(self.tokens) + self.max_tokens), self.caches.capacity
-        for name, own, all_of_it in zip(self.caches.names, needed, there, strict=True):
-            if own > all_of_it:
-                return (
-                    f"a sample needs {own:,} slots in the cache of the {name} "
-                    f"({len(self.tokens):,} prompt tokens, {self.max_tokens:,} new ones, and its "
-                    f"candidates), and there are {all_of_it:,}; allowed are a smaller max_tokens "
-                    "and a larger kv_memory"
-                )
-        return None
+        worst = int((needed - there).argmax())
+        own, all_of_it, name = needed[worst], there[worst], self.caches.names[worst]
+        if own <= all_of_it:
+            return None
+        return (
+            f"a sample needs {own:,} slots in the cache of the {name} ({len(self.tokens):,} prompt "
+            f"tokens, {self.max_tokens:,} new ones, and its candidates), and there are "
+            f"{all_of_it:,}; allowed are a smaller max_tokens and a larger kv_memory"
+        )
 
     def start(self, tokenizer: PreTrainedTokenizerBase, now: float) -> Sample:
         """Start the next sample, with a seed of its own.
