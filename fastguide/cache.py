@@ -201,9 +201,9 @@ class CachedSequence:
 
     def drop_branches(self) -> None:
         """Give back the slots of continuations that were scored and not kept."""
-        while self.branches:  # taken out first: an interrupt may lose slots, never free them twice
-            _, slots = self.branches.popitem()
-            self.pool.slots.release(slots)
+        if self.branches:  # taken out first: an interrupt may lose slots, never free them twice
+            dropped, self.branches = self.branches, {}
+            self.pool.slots.release(np.concatenate(list(dropped.values())))
 
     def close(self) -> None:
         """Give every slot back; the sequence is empty afterwards."""

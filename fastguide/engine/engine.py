@@ -11,11 +11,12 @@ import torch
 from fastguide import assets
 from fastguide.config import MAX_CANDIDATES, Rule
 from fastguide.engine.caches import Caches, check_memory, reserve
+from fastguide.engine.calls import decode
 from fastguide.engine.loop import Loop
 from fastguide.engine.progress import progress as progress_bar
 from fastguide.engine.requests import Limits, build_request, per_prompt
 from fastguide.engine.runner import ModelRunner
-from fastguide.engine.samples import Event, Request
+from fastguide.engine.samples import Request
 from fastguide.engine.stats import EngineStats
 from fastguide.engine.text import Prompt, TextStream, as_prompts, encode
 from fastguide.guides import Guide, LoadContext, ValueGuide
@@ -23,6 +24,7 @@ from fastguide.models.fingerprint import fingerprint
 from fastguide.models.loading import (
     load_policy,
     load_tokenizer,
+    one_line,
     resolve_device,
 )
 from fastguide.models.locate import locate
@@ -95,25 +97,21 @@ class Engine:
         locate(path)
         where = resolve_device(device)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        policy = load_policy(
-            path,
-            dtype=dtype,
-            device=where,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
-        vocabulary = policy.model.config.get_text_config().vocab_size
-        context = LoadContext(
-            tokenizer=self.tokenizer,
-            device=where,
-            dtype=policy.model.dtype,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            vocabulary=vocabulary,
-        )
+        trust = dict(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        try:
+            policy = load_policy(path, dtype=dtype, device=where, **trust)
+            vocabulary = policy.model.config.get_text_config().vocab_size
+            context = LoadContext(
+                self.tokenizer, where, policy.model.dtype, vocabulary=vocabulary, **trust
+            )
+            scorers = {name: guide.load(context) for name, guide in guides.items()}
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the weights of the model and {len(guides)} guides do not fit on {where}: "
+                f"{one_line(error)}"
+            ) from error
         self.name_or_path = assets.absolute(path)
         self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
-        scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = ModelRunner(policy, scorers)
         self.limits = Limits(
             vocabulary=vocabulary,
@@ -260,57 +258,20 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         emit: Callable[[Completion, TextStream | None], T | None],
     ) -> Generator[T, None, None]:
-        """The decode loop. ``emit`` sees every sample after each step and says what to yield."""
-        count = len(prompts)
-        rules = per_prompt("rule", rule, count)
-        weighings = per_prompt("weights", weights, count)
-        samplings = per_prompt("sampling", sampling, count)
-        news: dict[int, Event] = {}
-        live: list[Request] = []
-        following = 0
+        """What ``emit`` makes of the news of these prompts."""
+        rules = per_prompt("rule", rule, len(prompts))
+        weighings = per_prompt("weights", weights, len(prompts))
+        samplings = per_prompt("sampling", sampling, len(prompts))
 
-        def feed() -> None:
-            """Queue as many prompts as can start soon, and no more: there may be very many."""
-            nonlocal following
-            live[:] = [request for request in live if request.live]
-            waiting = sum(request.waiting for request in live)
-            while following < count and waiting < self.max_rows:
-                i, following = following, following + 1
+        def requests() -> Iterator[Request | Completion]:
+            for i, prompt in enumerate(prompts):
                 try:
-                    request = self.request(prompts[i], rules[i], weighings[i], samplings[i], i)
+                    yield self.request(prompt, rules[i], weighings[i], samplings[i], i)
                 except ValueError as error:
-                    where = f"prompt {i}: " if count > 1 else ""
-                    refused = Completion(i, 0, finish_reason="error", error=f"{where}{error}")
-                    news[id(refused)] = Event(None, refused, None)
-                    continue
-                request.news = news
-                self.loop.add(request)
-                live.append(request)
-                waiting += request.waiting
+                    where = f"prompt {i}: " if len(prompts) > 1 else ""
+                    yield Completion(i, 0, finish_reason="error", error=f"{where}{error}")
 
-        def items() -> Iterator[T]:
-            while news:
-                event = news.pop(next(iter(news)))
-                if (item := emit(event.completion, event.text)) is not None:
-                    yield item
-
-        try:
-            while True:
-                feed()
-                yield from items()
-                if not live and following == count:
-                    return
-                if live:
-                    self.loop.step()
-                    yield from items()
-        except KeyboardInterrupt:
-            for request in live:
-                self.loop.abort(request)
-            yield from items()
-            raise
-        finally:
-            for request in live:
-                self.loop.cancel(request)
+        return decode(self.loop, requests(), emit)
 
     def request(
         self,

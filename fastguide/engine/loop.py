@@ -246,23 +246,13 @@ class Loop:
                 queues.running.remove(sample)
                 self._fail(sample, row.error)
                 continue
-            sampling, token, done = sample.request.sampling, step.tokens[i], sample.completion
-            done.token_ids.append(token)
-            done.logprobs.append(step.logprobs[i])
-            done.base_logprobs.append(step.base_logprobs[i])
-            done.kl.append(step.kl[i])
-            done.scores.append(scores[i])
             self._tokens += 1
-            ends = token in self.end_tokens and not sampling.ignore_eos
-            ends = ends or token in sampling.stop_token_ids
-            if ends or sample.text.add(token):
-                queues.running.remove(sample)
-                sample.finish("stop")
-            elif len(done.token_ids) >= sample.request.max_tokens:
-                queues.running.remove(sample)
-                sample.finish("length")
+            reason = sample.take(step, i, scores[i], self.end_tokens)
+            if reason is None:
+                sample.request.tell(sample.completion, sample.text)
             else:
-                sample.request.tell(done, sample.text)
+                queues.running.remove(sample)
+                sample.finish(reason)
 
     def _make_way(self) -> None:
         """Free slots: of a prompt whose samples wait, else of what came last.
@@ -322,6 +312,7 @@ class Loop:
                     sample.finish(reason, sample.completion.error)
                 elif sample not in queues.preempted:
                     queues.preempt(sample)
+        self._live = {request for request in self._live if request.live}
 
     def _fail(self, sample: Sample, reason: str) -> None:
         where = f"prompt {sample.request.index}, sample {sample.completion.sample}: "

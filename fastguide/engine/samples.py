@@ -6,6 +6,7 @@ A request's prompt is computed once (``Prefill``), then its samples are forked o
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fastguide.config import RowParameters
 from fastguide.engine.caches import Caches
 from fastguide.engine.runner import Row, RowSpec
+from fastguide.engine.sampler import Step
 from fastguide.engine.scheduler import Order, Slots
 from fastguide.engine.text import TextStream
 from fastguide.request import Completion, FinishReason, SamplingParams, sample_seed
@@ -182,6 +184,28 @@ class Sample:
         """``[P]``: slots that it takes for its next tokens, and for candidates."""
         left = self.request.max_tokens - len(self.completion.token_ids)
         return self.request.slots(min(tokens, left))
+
+    def take(
+        self, step: Step, i: int, score: float | None, end_tokens: Collection[int]
+    ) -> FinishReason | None:
+        """Take the token of row ``i`` of a step; returns why the sample ends with it, if it does.
+
+        Args:
+            step: of all rows.
+            i: the sample's row.
+            score: the composed score of its token.
+            end_tokens: those that end a response.
+        """
+        sampling, token, done = self.request.sampling, step.tokens[i], self.completion
+        done.token_ids.append(token)
+        done.logprobs.append(step.logprobs[i])
+        done.base_logprobs.append(step.base_logprobs[i])
+        done.kl.append(step.kl[i])
+        done.scores.append(score)
+        ends = token in end_tokens and not sampling.ignore_eos
+        if ends or token in sampling.stop_token_ids or self.text.add(token):
+            return "stop"
+        return "length" if len(done.token_ids) >= self.request.max_tokens else None
 
     def finish(self, reason: FinishReason, error: str | None = None) -> None:
         """End the sample, give its slots back and tell its caller."""
