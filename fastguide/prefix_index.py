@@ -30,7 +30,7 @@ class PrefixIndex:
     """The prefixes whose keys and values are in one pool.
 
     Sequences own whole paths from the root: who owns a node's slot owns all those before it. So
-    the idle slots are always ends of paths, and every one of them can be given up.
+    the idle slots are ends of paths, but for the exceptions that ``_cut`` is for.
     """
 
     def __init__(self, slots: SlotAllocator) -> None:
@@ -94,7 +94,7 @@ class PrefixIndex:
         """Give up idle slots, least recently used first, ends of prefixes before beginnings.
 
         Returns:
-            How many became free: ``count``, or all that were idle if those are fewer.
+            How many became free: ``count`` or, seldom, more; all that were idle if those are fewer.
         """
         freed, empty = 0, []
         for node in self._nodes:
@@ -114,6 +114,8 @@ class PrefixIndex:
                 empty.append(node)
         for node in empty:
             del self._nodes[node]
+        if freed < count:
+            freed += self._cut(count - freed)
         return freed
 
     def clear(self) -> None:
@@ -122,6 +124,26 @@ class PrefixIndex:
             self._slots.forget(node.slots)
         self._nodes.clear()
         self._root.children.clear()
+
+    def _cut(self, count: int) -> int:
+        """Give up idle slots with all that follows them, which somebody owns.
+
+        There are such only after a fork of what was not in the tree, or after ``clear``: then a
+        sequence may own an end and another copy of its beginning.
+        """
+        before = self._slots.idle
+        for node in list(self._nodes):
+            if before - self._slots.idle >= count or not self._slots.idle:
+                break
+            if node in self._nodes and not self._slots.owned(node.slots).all():
+                assert node.parent is not None
+                del node.parent.children[int(node.tokens[0])]
+                below = [node]
+                for each in below:
+                    below += each.children.values()
+                    self._slots.forget(each.slots)
+                    del self._nodes[each]
+        return before - self._slots.idle
 
     def _walk(self, tokens: np.ndarray) -> Iterator[tuple[_Node, int]]:
         """The nodes along ``tokens``, with how many of each one's tokens they have in common."""
