@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 
 import torch
@@ -106,6 +107,7 @@ class Loop:
                 queues.waiting.remove(request)
             for work in [w for w in queues.filling if w.request is request]:
                 queues.filling.remove(work)
+                work.row.publish()
                 work.row.close()
             for sample in list(request.samples):
                 self._leave(sample)
@@ -297,14 +299,13 @@ class Loop:
     def _recover(self) -> None:
         """After a step that broke off: rows may be anywhere, so compute them again from tokens."""
         queues = self.scheduler
-        for work in reversed(queues.filling):
+        for work in queues.filling:
             work.row.close()
-            if work.sample is None:
-                work.request.filling = 0
-                queues.return_request(work.request)
         queues.filling.clear()
         queues.running.clear()
         for request in self._live:
+            request.filling = 0
+            request.drop_stem(publish=False)
             for sample in list(request.samples):
                 sample.release(publish=False)
                 reason = sample.completion.finish_reason
@@ -313,6 +314,8 @@ class Loop:
                 elif sample not in queues.preempted:
                     queues.preempt(sample)
         self._live = {request for request in self._live if request.live}
+        waiting = [request for request in self._live if request.waiting]
+        queues.waiting = deque(sorted(waiting, key=lambda request: request.order))
 
     def _fail(self, sample: Sample, reason: str) -> None:
         where = f"prompt {sample.request.index}, sample {sample.completion.sample}: "

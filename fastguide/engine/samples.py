@@ -148,12 +148,13 @@ class Request:
         self.news[id(completion)] = event
         self.told.append(event)
 
-    def drop_stem(self) -> None:
+    def drop_stem(self, publish: bool = True) -> None:
         """Give the prompt's slots back; it is computed again where samples have yet to start."""
         if self.stem is not None:
-            self.stem.publish()
-            self.stem.close()
-            self.stem = None
+            stem, self.stem = self.stem, None
+            if publish:
+                stem.publish()
+            stem.close()
 
 
 @dataclass(eq=False)
@@ -214,8 +215,8 @@ class Sample:
         done.text, done.finish_reason, done.error = self.text.text, reason, error
         done.seconds = time.perf_counter() - self.started
         self.release(publish=reason != "error")
+        self.request.tell(done, self.text)  # before it is out of reach, should an interrupt come
         self.request.samples.remove(self)
-        self.request.tell(done, self.text)
 
     def release(self, publish: bool = True) -> None:
         """Give its slots back; with ``publish`` others may use them again until they are needed."""

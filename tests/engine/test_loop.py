@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,13 +15,13 @@ from fastguide import (
     Completion,
     Engine,
     FunctionGuide,
-    GenerationError,
     SamplingParams,
     ValueGuide,
     kernels,
 )
 from fastguide.cache import CachedSequence
 from fastguide.config import Rule
+from fastguide.engine.runner import Row
 
 Make = Callable[..., Engine]
 
@@ -249,6 +248,37 @@ def test_a_broken_step_of_one_caller_loses_nothing_of_another(
     assert in_use(engine) == [0, 0]
 
 
+def test_a_fork_that_breaks_off_leaves_the_samples_that_wait_where_they_were(
+    tiny_engine: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine()
+    sampling = SamplingParams(max_tokens=4, seed=1, n=5, ignore_eos=True)
+    expected = ids(engine.generate([[1, 2, 3]], VAS(1.0, 4), None, sampling))
+    requests = [engine.request([i, 2, 3], VAS(1.0, 4), None, sampling) for i in (1, 4)]
+    for request in requests:
+        engine.loop.add(request)
+    fork, calls = Row.fork, []
+
+    def broken(self: Row, seed: int) -> Row:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no more")
+        return fork(self, seed)
+
+    monkeypatch.setattr(Row, "fork", broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.loop.step()
+    while not engine.loop.idle:
+        engine.loop.step()
+    for request in requests:
+        ended = [event.completion for event in request.news.values()]
+        assert sorted(c.sample for c in ended) == list(range(5))
+        assert {c.finish_reason for c in ended} == {"length"}
+    ended = [event.completion for event in requests[0].news.values()]
+    assert [c.token_ids for c in sorted(ended, key=lambda c: c.sample)] == expected
+    assert in_use(engine) == [0, 0]
+
+
 def test_ten_thousand_prompts_wait_outside(
     tiny_engine: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,27 +368,3 @@ def test_a_larger_crowd(tiny_engine: Make) -> None:
     guides = {"f": FunctionGuide(brittle, on="tokens")}
     engine = tiny_engine(200, guides=guides, prefill_tokens=32, max_rows=24)
     crowd(engine, 1500, seed=2)
-
-
-@pytest.mark.parametrize(
-    ("memory", "message"),
-    [
-        (0, "kv_memory is 0; allowed are a whole number of bytes, a fraction of the free memory"),
-        (True, "kv_memory is True"),
-        (1.5, "kv_memory is 1.5"),
-        ("1GB", "kv_memory is '1GB'"),
-        (100, "the cache has room for no token: 0.00 GiB for 512 bytes a token in 1 model"),
-        (1 << 60, r"no memory on cpu for a cache of 2,251,799,813,685,248 tokens"),
-    ],
-)
-def test_memory_that_cannot_be_had(tiny: str, memory: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        Engine(tiny, guides={}, kv_memory=memory, dtype="float32")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_part_of_the_free_memory(tiny: str) -> None:
-    engine = Engine(tiny, guides={}, kv_memory=0.0001, dtype="float32")
-    assert engine.stats.caches["model"].capacity > 100
-    with pytest.raises(GenerationError, match="a smaller max_tokens"):
-        Engine(tiny, guides={}, kv_memory=50 * 512, dtype="float32").generate([[1] * 60])
