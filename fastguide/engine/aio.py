@@ -15,6 +15,7 @@ from fastguide.engine.engine import Engine
 from fastguide.engine.requests import per_prompt
 from fastguide.engine.samples import Event, Request
 from fastguide.engine.stats import EngineStats
+from fastguide.engine.streams import Stream
 from fastguide.engine.text import Prompt
 from fastguide.models.loading import one_line
 from fastguide.request import Completion, GenerationError, Piece, SamplingParams
@@ -70,7 +71,7 @@ class AsyncEngine:
         Raises:
             RuntimeError: the engine is draining, closed or has broken down.
         """
-        stream = Stream(self, (prompt, rule, weights, sampling))
+        stream = Stream((prompt, rule, weights, sampling), self.cancel)
         with self._wake:
             if self._closed is not None:
                 raise RuntimeError(self._closed)
@@ -264,60 +265,3 @@ class AsyncEngine:
             self._streams.pop(request, None)
         elif stream.gone:
             self._leave(stream)
-
-
-class Stream:
-    """An async iterator of the pieces of one request; ``AsyncEngine.submit`` makes it.
-
-    Raises ``GenerationError`` at its end if samples failed. It is read once; to stop reading early
-    cancels the request, and so does ``cancel``.
-    """
-
-    def __init__(self, engine: AsyncEngine, arguments: tuple[Any, Any, Any, Any]) -> None:
-        self.arguments = arguments
-        self.request: Request | None = None
-        self.ended = False
-        """Whether everything has been handed to the reader, or it has cancelled."""
-        self.gone = False
-        """Whether the reader's event loop is closed."""
-        self._engine = engine
-        self._home = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-
-    async def __aiter__(self) -> AsyncGenerator[Piece, None]:
-        failed = []
-        async for piece in self.pieces():
-            if piece.completion is not None and piece.completion.finish_reason == "error":
-                failed.append(piece.completion)
-            yield piece
-        if failed:
-            raise GenerationError(failed)
-
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """All pieces, with failed samples as such, and no error at the end."""
-        try:
-            while (item := await self._queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Stop the request; see ``AsyncEngine.cancel``."""
-        self._engine.cancel(self)
-
-    def tell(self, event: Event) -> None:
-        """Take news, in the thread that decodes."""
-        done = event.completion if event.completion.finish_reason is not None else None
-        text = event.text.take(final=done is not None) if event.text is not None else ""
-        if text or done is not None:
-            self.put(Piece(text, event.completion.sample, done))
-
-    def put(self, item: Piece | BaseException | None) -> None:
-        """Hand something to the reader; None is the end."""
-        self.ended = self.ended or not isinstance(item, Piece)
-        try:
-            self._home.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:  # its event loop is closed: nobody waits any more
-            self.gone = True

@@ -18,8 +18,9 @@ from fastguide.engine.requests import Limits, build_request, per_prompt
 from fastguide.engine.runner import ModelRunner
 from fastguide.engine.samples import Request
 from fastguide.engine.stats import EngineStats
-from fastguide.engine.text import Prompt, TextStream, as_prompts, encode
+from fastguide.engine.text import Prompt, TextStream, as_prompts, encode, end_tokens
 from fastguide.guides import Guide, LoadContext, ValueGuide
+from fastguide.guides.base import check_guides
 from fastguide.models.fingerprint import fingerprint
 from fastguide.models.loading import (
     load_policy,
@@ -92,7 +93,7 @@ class Engine:
         check_memory(kv_memory)
         if guides is None:
             guides = {n: ValueGuide(n) for n in assets.guides()} if model is None else {}
-        _check_guides(guides)
+        check_guides(guides)
         path = assets.MODEL if model is None else model
         locate(path)
         where = resolve_device(device)
@@ -128,7 +129,7 @@ class Engine:
             self.runner,
             caches,
             self.tokenizer,
-            self._find_end_tokens(),
+            end_tokens(policy.model, self.tokenizer),
             max_rows=max_rows,
             prefill_tokens=prefill_tokens,
         )
@@ -289,28 +290,7 @@ class Engine:
         tokens = encode(self.tokenizer, prompt)
         return build_request(index, tokens, rule, weights, sampling, self.limits)
 
-    def _find_end_tokens(self) -> frozenset[int]:
-        model = self.runner.policy.model
-        found: set[int] = set()
-        for source in (getattr(model, "generation_config", None), model.config, self.tokenizer):
-            ids = getattr(source, "eos_token_id", None)
-            if ids is not None:
-                found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-        return frozenset(found)
-
 
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")
-
-
-def _check_guides(guides: object) -> None:
-    """Refuse what is no mapping of names to guides; ValueError names what was received."""
-    if not isinstance(guides, Mapping):
-        raise ValueError(f"guides is {guides!r:.80}; allowed is a mapping of names to guides")
-    for name, guide in guides.items():
-        if isinstance(guide, type) or not callable(getattr(guide, "load", None)):
-            raise ValueError(
-                f"guide {name!r} is {guide!r:.80}; allowed are ValueGuide(...), RewardGuide(...), "
-                "FunctionGuide(...) and objects with a load method"
-            )
