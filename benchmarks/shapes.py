@@ -82,5 +82,7 @@ def open_rows(
     """One running request for each prompt."""
     weights = {"value": 1.0} if rule.guided else {}
     parameters = rule.lower(temperature)
-    specs = [RowSpec(p, parameters, weights, [seed]) for seed, p in enumerate(prompts)]
-    return [row for rows in runner.open(specs) for row in rows]
+    specs = [RowSpec(p, parameters, weights, seed) for seed, p in enumerate(prompts)]
+    rows = runner.open(specs)
+    runner.prefill(rows, [len(prompt) for prompt in prompts])
+    return rows

@@ -12,7 +12,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastguide.config import ARGS as ARGS, FUDGE as FUDGE, VAS as VAS, Plain as Plain
-    from fastguide.engine import Engine as Engine
+    from fastguide.engine import (
+        AsyncEngine as AsyncEngine,
+        Engine as Engine,
+        EngineStats as EngineStats,
+    )
     from fastguide.guides import (
         FunctionGuide as FunctionGuide,
         RewardGuide as RewardGuide,
@@ -32,7 +36,9 @@ _HOME = {
     "FUDGE": "config",
     "VAS": "config",
     "Plain": "config",
+    "AsyncEngine": "engine",
     "Engine": "engine",
+    "EngineStats": "engine",
     "FunctionGuide": "guides",
     "RewardGuide": "guides",
     "ValueGuide": "guides",

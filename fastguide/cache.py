@@ -7,81 +7,89 @@ Nothing is ever copied: sequences with a common prefix hold the same slots, coun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-_NO_SLOTS = np.empty(0, dtype=np.int64)
+from fastguide.prefix_index import PrefixIndex
+from fastguide.slots import SlotAllocator
 
 
-class SlotAllocator:
-    """Free list and reference counts of slots. Knows nothing of tensors or tokens."""
-
-    def __init__(self) -> None:
-        self._references = np.zeros(0, dtype=np.int32)
-        self._free: list[int] = []
-
-    @property
-    def capacity(self) -> int:
-        """Slots that exist, free or not."""
-        return len(self._references)
-
-    @property
-    def in_use(self) -> int:
-        """Slots with at least one owner."""
-        return self.capacity - len(self._free)
-
-    def grow(self, capacity: int) -> None:
-        """Add free slots until there are ``capacity``; never shrinks."""
-        start = self.capacity
-        if capacity > start:
-            self._references = np.pad(self._references, (0, capacity - start))
-            # Popped from the end: low numbers first, so that fresh runs are contiguous.
-            self._free[:0] = range(capacity - 1, start - 1, -1)
-
-    def take(self, count: int) -> np.ndarray:
-        """``count`` free slots, each now with one owner. The pool must have grown enough."""
-        assert count <= len(self._free), "the pool grows before slots are taken"
-        if count == 0:
-            return _NO_SLOTS
-        slots = np.array(self._free[: -count - 1 : -1], dtype=np.int64)
-        del self._free[-count:]
-        self._references[slots] = 1
-        return slots
-
-    def share(self, slots: np.ndarray) -> None:
-        """Add one owner to each slot."""
-        self._references[slots] += 1
-
-    def release(self, slots: np.ndarray) -> None:
-        """Take one owner from each slot; slots without owners become free."""
-        self._references[slots] -= 1
-        assert (self._references[slots] >= 0).all(), "a slot was released twice"
-        freed = slots[self._references[slots] == 0]
-        self._free.extend(freed[::-1].tolist())
-
-    def available(self) -> int:
-        """Free slots."""
-        return len(self._free)
+class OutOfSlots(RuntimeError):
+    """A pool of fixed size has fewer slots than a pass needs."""
 
 
 class KVPool:
-    """Keys and values of one model: per layer ``[capacity, H_kv, D]``, grown by doubling.
+    """Keys and values of one model: per layer ``[capacity, H_kv, D]``.
 
     Layers are allocated when they are first written, in the shapes and dtype the model hands
-    over, so no field of any config has to be interpreted.
+    over, so no field of any config has to be interpreted. A pool grows by doubling until ``fix``
+    gives it a size; from then on it can keep the prefixes of earlier requests.
+
+    Memory that no slot was written to is not initialised: it is not touched before it is used.
+    Nothing may read a slot that was not written.
     """
 
     def __init__(self, capacity: int = 1024) -> None:
-        self.slots = SlotAllocator()
-        self.slots.grow(capacity)
+        self.slots = SlotAllocator(capacity)
+        self.prefixes: PrefixIndex | None = None
+        self.reused = 0
+        """Tokens of sequences that did not have to be computed, so far."""
+        self.fixed = False
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def fix(self, capacity: int, like: KVPool, prefixes: bool = True) -> None:
+        """Give an unused pool its final size, and allocate all of it.
+
+        Args:
+            capacity: slots.
+            like: a pool that the model has written to: its layers say what to allocate.
+            prefixes: keep the prefixes of earlier requests until their slots are needed.
+
+        Raises:
+            RuntimeError: there is not enough memory (``torch.OutOfMemoryError`` on GPUs).
+        """
+        assert self.slots.in_use == 0, "a pool is given its size before it is used"
+        self.slots = SlotAllocator(capacity)
+        self.prefixes = PrefixIndex(self.slots) if prefixes else None
+        self.fixed = True
+        self._layers = {
+            layer: (_empty(keys, capacity), _empty(values, capacity))
+            for layer, (keys, values) in like._layers.items()
+        }
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot in all layers that were written."""
+        return sum(t[0].nbytes for layer in self._layers.values() for t in layer)
+
+    def available(self) -> int:
+        """Slots that ``take`` can give without growing: free ones, and idle ones of prefixes."""
+        return self.slots.available() + self.slots.idle
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens of a request lie in slots that are in use anyway."""
+        if self.prefixes is None:
+            return 0
+        return int(self.slots.owned(self.prefixes.match(tokens)).sum())
+
     def take(self, count: int) -> np.ndarray:
-        """Allocate ``count`` slots, growing the pool if it is full."""
+        """Allocate ``count`` slots ``[count]`` int64: free ones, else those of old prefixes.
+
+        Raises:
+            OutOfSlots: the pool has a fixed size and too few are left.
+        """
         missing = count - self.slots.available()
+        if missing > 0 and self.prefixes is not None:
+            missing -= self.prefixes.evict(missing)
         if missing > 0:
             capacity = self.slots.capacity
+            if self.fixed:
+                raise OutOfSlots(
+                    f"a pass needs {count} slots and {count - missing} of {capacity} are left"
+                )
             self.slots.grow(capacity + max(missing, capacity))
         return self.slots.take(count)
 
@@ -122,10 +130,15 @@ class KVPool:
         return self._layers[layer]
 
     def _allocate(self, like: Tensor, old: Tensor | None) -> Tensor:
-        new = like.new_zeros(self.slots.capacity, *like.shape[1:])
+        new = _empty(like, self.slots.capacity)
         if old is not None:
             new[: old.shape[0]] = old
         return new
+
+
+@torch.inference_mode()  # as passes write to it in inference mode
+def _empty(like: Tensor, capacity: int) -> Tensor:
+    return like.new_empty(capacity, *like.shape[1:])
 
 
 class CachedSequence:
@@ -183,11 +196,34 @@ class CachedSequence:
             self.pool.slots.release(dropped)
         del self.tokens[length:]
 
+    def reuse(self, keep: int = 0) -> None:
+        """Take the longest prefix that the pool still has from earlier requests.
+
+        Args:
+            keep: how many of the last tokens stay pending even so.
+        """
+        if self.pool.prefixes is not None and not self._cached:
+            slots = self.pool.prefixes.match(self.tokens[: max(0, len(self.tokens) - keep)])
+            self.pool.slots.share(slots)
+            self._extend(slots)
+            self.pool.reused += len(slots)
+
+    def publish(self) -> None:
+        """Let later requests reuse what is cached of this sequence, also when it has closed."""
+        if self.pool.prefixes is not None and self._cached:
+            own = self.slots.copy()
+            kept = self.pool.prefixes.insert(self.tokens[: len(own)], own)
+            # Another request may have computed the same meanwhile: one copy of it is enough.
+            twice = kept != own
+            self.pool.slots.share(kept[twice])
+            self._slots[: self._cached] = kept
+            self.pool.slots.release(own[twice])
+
     def drop_branches(self) -> None:
         """Give back the slots of continuations that were scored and not kept."""
-        while self.branches:  # taken out first: an interrupt may lose slots, never free them twice
-            _, slots = self.branches.popitem()
-            self.pool.slots.release(slots)
+        if self.branches:  # taken out first: an interrupt may lose slots, never free them twice
+            dropped, self.branches = self.branches, {}
+            self.pool.slots.release(np.concatenate(list(dropped.values())))
 
     def close(self) -> None:
         """Give every slot back; the sequence is empty afterwards."""

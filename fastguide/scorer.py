@@ -90,9 +90,9 @@ class TreeScorer:
         """Start a request with its prompt's tokens; nothing is computed yet."""
         return self.decoder.open(tokens)
 
-    def prefill(self, states: Sequence[CachedSequence]) -> None:
-        """Compute keys and values of all pending tokens."""
-        self.decoder.prefill(states)
+    def prefill(self, states: Sequence[CachedSequence], ends: Sequence[int] | None = None) -> None:
+        """Compute keys and values of pending tokens: all, or up to ``ends[i]`` in state i."""
+        self.decoder.prefill(states, ends=ends)
 
     @torch.inference_mode()
     def score(

@@ -24,7 +24,9 @@ ARROWS: dict[str, set[str]] = {
     "lazy": set(),
     "files": set(),
     "assets": set(),
-    "cache": {"config"},
+    "slots": set(),
+    "prefix_index": {"slots"},
+    "cache": {"config", "prefix_index"},
     "models": {"kernels", "cache", "config", "assets"},
     "scorer": {"models", "cache"},
     "guides": {"scorer", "request", "assets"},
@@ -49,6 +51,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "lazy": set(),
     "files": set(),
     "assets": set(),
+    "slots": {"numpy"},
+    "prefix_index": {"numpy"},
     "cache": {"torch", "numpy"},
 }
 

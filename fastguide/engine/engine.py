@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,13 +9,18 @@ from typing import TypeVar
 import torch
 
 from fastguide import assets
-from fastguide.config import Rule
+from fastguide.config import MAX_CANDIDATES, Rule
+from fastguide.engine.caches import Caches, check_memory, reserve
+from fastguide.engine.calls import decode
+from fastguide.engine.loop import Loop
 from fastguide.engine.progress import progress as progress_bar
-from fastguide.engine.requests import Limits, Request, Sample, build_request, per_prompt
+from fastguide.engine.requests import Limits, build_request, per_prompt
 from fastguide.engine.runner import ModelRunner
-from fastguide.engine.scheduler import Scheduler
-from fastguide.engine.text import Prompt, TextStream, as_prompts, encode
+from fastguide.engine.samples import Request
+from fastguide.engine.stats import EngineStats
+from fastguide.engine.text import Prompt, TextStream, as_prompts, encode, end_tokens
 from fastguide.guides import Guide, LoadContext, ValueGuide
+from fastguide.guides.base import check_guides
 from fastguide.models.fingerprint import fingerprint
 from fastguide.models.loading import (
     load_policy,
@@ -57,6 +60,9 @@ class Engine:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         max_rows: int = 64,
+        kv_memory: int | float | None = None,
+        prefill_tokens: int | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         """Load the policy and its guides.
 
@@ -70,49 +76,84 @@ class Engine:
             trust_remote_code: run code shipped with checkpoints.
             allow_pickle: also load weights that are not safetensors.
             max_rows: most samples that decode together; the others wait.
+            kv_memory: for the caches of all models together: bytes (a whole number), or a fraction
+                of the memory that is free once the models are loaded. None takes 0.9 of it on a
+                GPU, and half of it but at most 8 GiB on a CPU, if so much is of any use.
+            prefill_tokens: most prompt tokens that a step computes in each model, so that long
+                prompts do not hold up what runs; None is 512 on a CPU and 2,048 on a GPU.
+            prefix_cache: keep the beginnings of earlier requests, until their memory is needed.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
-                fit together, and for guides that are none.
+                fit together, for guides that are none, and where memory does not suffice.
         """
-        if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows!r}; allowed are whole numbers from 1")
+        _check_count("max_rows", max_rows)
+        if prefill_tokens is not None:
+            _check_count("prefill_tokens", prefill_tokens)
+        check_memory(kv_memory)
         if guides is None:
             guides = {n: ValueGuide(n) for n in assets.guides()} if model is None else {}
-        _check_guides(guides)
+        check_guides(guides)
         path = assets.MODEL if model is None else model
         locate(path)
         where = resolve_device(device)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        policy = load_policy(
-            path,
-            dtype=dtype,
-            device=where,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-        )
-        vocabulary = policy.model.config.get_text_config().vocab_size
-        context = LoadContext(
-            tokenizer=self.tokenizer,
-            device=where,
-            dtype=policy.model.dtype,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            vocabulary=vocabulary,
-        )
+        trust = dict(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        try:
+            policy = load_policy(path, dtype=dtype, device=where, **trust)
+            vocabulary = policy.model.config.get_text_config().vocab_size
+            context = LoadContext(
+                self.tokenizer, where, policy.model.dtype, vocabulary=vocabulary, **trust
+            )
+            scorers = {name: guide.load(context) for name, guide in guides.items()}
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the weights of the model and {len(guides)} guides do not fit on {where}: "
+                f"{one_line(error)}"
+            ) from error
         self.name_or_path = assets.absolute(path)
         self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
         policy.pack()
-        scorers = {name: guide.load(context) for name, guide in guides.items()}
         self.runner = ModelRunner(policy, scorers)
-        self.max_rows = max_rows
         self.limits = Limits(
             vocabulary=vocabulary,
             context=policy.context,
             guide_contexts={name: scorer.context for name, scorer in scorers.items()},
             guide_kinds={name: getattr(scorer, "kind", None) for name, scorer in scorers.items()},
         )
-        self._end_tokens = self._find_end_tokens()
+        caches = Caches(policy, scorers)
+        longest = policy.context and max_rows * (policy.context + MAX_CANDIDATES)
+        reserve(caches, kv_memory, where, longest, prefix_cache)
+        if prefill_tokens is None:
+            prefill_tokens = 512 if where.type == "cpu" else 2048
+        self.loop = Loop(
+            self.runner,
+            caches,
+            self.tokenizer,
+            end_tokens(policy.model, self.tokenizer),
+            max_rows=max_rows,
+            prefill_tokens=prefill_tokens,
+        )
+
+    @property
+    def max_rows(self) -> int:
+        """Most samples that decode together; may be changed at any time."""
+        return self.loop.scheduler.max_rows
+
+    @max_rows.setter
+    def max_rows(self, rows: int) -> None:
+        _check_count("max_rows", rows)
+        self.loop.scheduler.max_rows = rows
+
+    @property
+    def stats(self) -> EngineStats:
+        """What runs and waits, and what the caches hold."""
+        return self.loop.stats
+
+    def clear_prefixes(self) -> None:
+        """Forget the beginnings of earlier requests: only what runs keeps slots."""
+        with self.loop.lock:
+            self.loop.caches.clear()
 
     @property
     def guides(self) -> list[str]:
@@ -219,134 +260,38 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         emit: Callable[[Completion, TextStream | None], T | None],
     ) -> Generator[T, None, None]:
-        """The decode loop. ``emit`` sees every sample after each step and says what to yield."""
-        count = len(prompts)
-        rules = per_prompt("rule", rule, count)
-        weighings = per_prompt("weights", weights, count)
-        samplings = per_prompt("sampling", sampling, count)
-        requests: list[Request] = []
-        for i, prompt in enumerate(prompts):
-            try:
-                tokens = encode(self.tokenizer, prompt)
-                requests.append(
-                    build_request(i, tokens, rules[i], weighings[i], samplings[i], self.limits)
-                )
-            except ValueError as error:
-                where = f"prompt {i}: " if count > 1 else ""
-                refused = Completion(i, 0, finish_reason="error", error=f"{where}{error}")
-                if (item := emit(refused, None)) is not None:
-                    yield item
-        scheduler = Scheduler(requests, self.max_rows)
-        fresh: deque[Sample] = deque()  # being stepped, and not yet shown to ``emit``
+        """What ``emit`` makes of the news of these prompts."""
+        rules = per_prompt("rule", rule, len(prompts))
+        weighings = per_prompt("weights", weights, len(prompts))
+        samplings = per_prompt("sampling", sampling, len(prompts))
 
-        def items() -> Iterator[T]:
-            while fresh:
-                sample = fresh.popleft()
-                if (item := emit(sample.completion, sample.text)) is not None:
-                    yield item
-
-        try:
-            while not scheduler.done:
-                for request in self._start(scheduler.admit()):
-                    refused = Completion(
-                        request.index, request.begun, finish_reason="error", error=request.refused
-                    )
-                    if (item := emit(refused, None)) is not None:
-                        yield item
-                alive = [sample for request in scheduler.running for sample in request.samples]
-                if alive:
-                    fresh.extend(alive)
-                    self._step(alive)
-                    yield from items()
-                scheduler.retire()
-        except KeyboardInterrupt:
-            fresh.extend(
-                s for r in scheduler.running for s in r.samples if s.running and s not in fresh
-            )
-            for sample in fresh:
-                if sample.running:
-                    sample.finish("aborted")
-            yield from items()
-            raise
-        finally:
-            for request in scheduler.running:
-                request.close()
-
-    def _start(self, admitted: list[tuple[Request, int]]) -> list[Request]:
-        """Start so many samples of each request; new requests are prefilled together.
-
-        Returns:
-            Requests of which something could not be started; they have ``refused`` set.
-        """
-        now = time.perf_counter()
-        self._open([request for request, _ in admitted if request.begun == 0])
-        for request, count in admitted:
-            if request.refused is None:
+        def requests() -> Iterator[Request | Completion]:
+            for i, prompt in enumerate(prompts):
                 try:
-                    request.start(count, self.tokenizer, now)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:
-                    request.refuse(one_line(error))
-        return [request for request, _ in admitted if request.refused is not None]
+                    yield self.request(prompt, rules[i], weighings[i], samplings[i], i)
+                except ValueError as error:
+                    where = f"prompt {i}: " if len(prompts) > 1 else ""
+                    yield Completion(i, 0, finish_reason="error", error=f"{where}{error}")
 
-    def _open(self, requests: list[Request]) -> None:
-        """Prefill the prompts of new requests; where that fails, of each alone."""
-        if not requests:
-            return
-        try:
-            opened = self.runner.open([request.prompt for request in requests])
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if len(requests) > 1:
-                for request in requests:
-                    self._open([request])
-            else:
-                requests[0].refuse(one_line(error))
-            return
-        for request, (row,) in zip(requests, opened, strict=True):
-            request.stem = row
+        return decode(self.loop, requests(), emit)
 
-    def _step(self, samples: list[Sample]) -> None:
-        """One token for every sample; ends those that are complete or have failed."""
-        step, scores = self.runner.step([sample.row for sample in samples])
-        for i, sample in enumerate(samples):
-            sampling = sample.request.sampling
-            if sample.row.error is not None:
-                where = f"prompt {sample.request.index}, sample {sample.completion.sample}: "
-                sample.finish("error", where + sample.row.error)
-                continue
-            token, done = step.tokens[i], sample.completion
-            done.token_ids.append(token)
-            done.logprobs.append(step.logprobs[i])
-            done.base_logprobs.append(step.base_logprobs[i])
-            done.kl.append(step.kl[i])
-            done.scores.append(scores[i])
-            ends = token in self._end_tokens and not sampling.ignore_eos
-            ends = ends or token in sampling.stop_token_ids
-            if ends or sample.text.add(token):
-                sample.finish("stop")
-            elif len(done.token_ids) >= sample.request.max_tokens:
-                sample.finish("length")
+    def request(
+        self,
+        prompt: Prompt,
+        rule: Rule | None = None,
+        weights: Mapping[str, float] | None = None,
+        sampling: SamplingParams | None = None,
+        index: int = 0,
+    ) -> Request:
+        """A prompt as the loop takes it.
 
-    def _find_end_tokens(self) -> frozenset[int]:
-        model = self.runner.policy.model
-        found: set[int] = set()
-        for source in (getattr(model, "generation_config", None), model.config, self.tokenizer):
-            ids = getattr(source, "eos_token_id", None)
-            if ids is not None:
-                found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
-        return frozenset(found)
+        Raises:
+            ValueError: one sentence with the received and the allowed value.
+        """
+        tokens = encode(self.tokenizer, prompt)
+        return build_request(index, tokens, rule, weights, sampling, self.limits)
 
 
-def _check_guides(guides: object) -> None:
-    """Refuse what is no mapping of names to guides; ValueError names what was received."""
-    if not isinstance(guides, Mapping):
-        raise ValueError(f"guides is {guides!r:.80}; allowed is a mapping of names to guides")
-    for name, guide in guides.items():
-        if isinstance(guide, type) or not callable(getattr(guide, "load", None)):
-            raise ValueError(
-                f"guide {name!r} is {guide!r:.80}; allowed are ValueGuide(...), RewardGuide(...), "
-                "FunctionGuide(...) and objects with a load method"
-            )
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from 1")

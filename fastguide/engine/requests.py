@@ -1,20 +1,16 @@
-"""From a call's arguments to validated requests, and from running rows to completions."""
+"""From a call's arguments to validated requests."""
 
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from fastguide.config import Plain, RowParameters, Rule, check_strength
-from fastguide.engine.runner import Row, RowSpec
-from fastguide.engine.text import TextStream
+from fastguide.config import Plain, Rule, check_strength
+from fastguide.engine.samples import Request
 from fastguide.guides.base import check_rule
-from fastguide.request import Completion, FinishReason, SamplingParams, sample_seed
+from fastguide.request import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -25,100 +21,6 @@ class Limits:
     context: int | None
     guide_contexts: Mapping[str, int | None]
     guide_kinds: Mapping[str, str | None] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Request:
-    """One validated prompt with everything its samples need, and those of them that run."""
-
-    index: int
-    tokens: list[int]
-    parameters: RowParameters
-    weights: dict[str, float]
-    sampling: SamplingParams
-    seed: int
-    max_tokens: int
-    refused: str | None = None
-    """Why samples could not be started."""
-    stem: Row | None = None
-    """The prompt in every model: samples are forked off it, and the last one takes it."""
-    begun: int = 0
-    """Samples that were started."""
-    samples: list[Sample] = field(default_factory=list)
-    """Those that run."""
-
-    @property
-    def waiting(self) -> int:
-        """Samples that have yet to start."""
-        return 0 if self.refused is not None else self.sampling.n - self.begun
-
-    @property
-    def rows(self) -> int:
-        """Batch rows it takes up now."""
-        return len(self.samples)
-
-    @property
-    def prompt(self) -> RowSpec:
-        """What the runner opens: the stem, with the seed of the sample that takes it."""
-        seed = sample_seed(self.seed, self.sampling.n - 1)
-        return RowSpec(self.tokens, self.parameters, self.weights, [seed])
-
-    def start(self, count: int, tokenizer: PreTrainedTokenizerBase, now: float) -> None:
-        """Start the next samples, each with a seed of its own.
-
-        Args:
-            count: how many.
-            tokenizer: decodes their texts.
-            now: the time from which their seconds count.
-        """
-        assert self.stem is not None, "a request is opened before its samples start"
-        for i in range(self.begun, self.begun + count):
-            last = i == self.sampling.n - 1
-            row = self.stem if last else self.stem.fork(sample_seed(self.seed, i))
-            text = TextStream(tokenizer, self.tokens, self.sampling.stop)
-            completion = Completion(self.index, i, seed=row.seed, prompt_tokens=len(self.tokens))
-            self.samples.append(Sample(self, row, text, completion, now))
-            self.begun += 1
-        if not self.waiting:
-            self.stem = None
-
-    def refuse(self, reason: str) -> None:
-        """Start no more samples; those that run go on."""
-        self.refused = f"prompt {self.index}: {reason}"
-        if self.stem is not None:
-            self.stem.close()
-            self.stem = None
-
-    def close(self) -> None:
-        """Give back every slot."""
-        for row in (self.stem, *(sample.row for sample in self.samples)):
-            if row is not None:
-                row.close()
-
-
-@dataclass(eq=False)
-class Sample:
-    """One running sample: its row, its text so far, its completion so far."""
-
-    request: Request
-    row: Row
-    text: TextStream
-    completion: Completion
-    started: float
-
-    @property
-    def running(self) -> bool:
-        """Whether it has yet to end."""
-        return self.completion.finish_reason is None
-
-    def finish(self, reason: FinishReason, error: str | None = None) -> None:
-        """End the sample, give its slots back and make room for another."""
-        self.text.finish()
-        done = self.completion
-        done.text, done.finish_reason, done.error = self.text.text, reason, error
-        done.seconds = time.perf_counter() - self.started
-        self.row.close()
-        self.request.samples.remove(self)
 
 
 def per_prompt(name: str, value: Any, count: int) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from fastguide.cache import CachedSequence
 from fastguide.config import RowParameters
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
 from fastguide.models.decoder import Decoder
-from fastguide.scorer import Scorer, State
+from fastguide.models.loading import one_line
+from fastguide.scorer import Scorer, State, TreeScorer
 
 
 @dataclass(eq=False)
@@ -33,11 +34,40 @@ class Row:
     states: dict[str, State] = field(default_factory=dict)
     steps: int = 0
     error: str | None = None
+    ready: bool = False
+    """Whether its tokens are computed in every model, all but the one that gives logits."""
+
+    @property
+    def length(self) -> int:
+        """Tokens to compute before the first step, which runs the policy's last one itself."""
+        return len(self.sequence) - (not self._trees)
+
+    @property
+    def computed(self) -> int:
+        """How many of these are computed in every model."""
+        done, last = len(self.sequence.slots), len(self.sequence) - 1
+        cached = [done if done < last else self.length]
+        return min(cached + [len(state.slots) for state in self._trees])
+
+    @property
+    def _trees(self) -> list[CachedSequence]:
+        return [state for state in self.states.values() if isinstance(state, CachedSequence)]
 
     def fork(self, seed: int) -> Row:
         """A row with the same tokens and another seed, sharing every slot."""
-        states = {name: state.fork() for name, state in self.states.items()}
-        return Row(self.sequence.fork(), self.parameters, self.weights, seed, states)
+        twin = Row(self.sequence.fork(), self.parameters, self.weights, seed, {}, self.steps)
+        twin.ready = self.ready
+        try:
+            twin.states = {name: state.fork() for name, state in self.states.items()}
+        except BaseException:
+            twin.close()
+            raise
+        return twin
+
+    def publish(self) -> None:
+        """Let other requests that begin with the same tokens share what is computed of them."""
+        for held in (self.sequence, *self._trees):
+            held.publish()
 
     def close(self) -> None:
         """Give back every slot in every model."""
@@ -54,16 +84,18 @@ class Row:
 
 
 class RowSpec(NamedTuple):
-    """What a request brings to the runner: one row for each of its seeds."""
+    """What a row begins with."""
 
     tokens: Sequence[int]
     parameters: RowParameters
     weights: Mapping[str, float]
-    seeds: Sequence[int]
+    seed: int
+    steps: int = 0
+    """How many of the tokens are a response's, for messages."""
 
 
 class ModelRunner:
-    """Owns the loaded policy and guides; opens rows and steps them."""
+    """Owns the loaded policy and guides; opens rows, prefills and steps them."""
 
     def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer]) -> None:
         self.policy = policy
@@ -72,33 +104,56 @@ class ModelRunner:
         """Time spent in each phase of all steps so far, for benchmarks."""
         self._batch: tuple[list[Row], RowBatch] | None = None
 
-    def open(self, prompts: Sequence[RowSpec]) -> list[list[Row]]:
-        """Start requests: prefill every prompt once in each model it uses, fork it per seed.
+    def open(self, prompts: Sequence[RowSpec]) -> list[Row]:
+        """Start rows, sharing what the pools still have of their tokens; computes nothing.
 
-        All prompts go through a model together. The last prompt token stays pending: the first
-        step runs it and gives the first logits.
-
-        Returns:
-            One row per seed of each prompt.
+        ``prefill`` may compute the tokens in pieces; what it leaves goes into the first step,
+        which runs the last token in any case and gives the first logits.
         """
-        first = [
-            Row(self.policy.open(p.tokens), p.parameters, p.weights, p.seeds[0]) for p in prompts
-        ]
+        rows: list[Row] = []
         try:
-            self.policy.prefill([row.sequence for row in first], keep=1)
-            for name, scorer in self.scorers.items():
-                users = [row for row in first if name in row.weights]
-                for row in users:
-                    row.states[name] = scorer.open(row.sequence.tokens)
-                scorer.prefill([row.states[name] for row in users])
+            for tokens, parameters, weights, seed, steps in prompts:
+                sequence = self.policy.open(tokens, keep=1)
+                rows.append(Row(sequence, parameters, weights, seed, {}, steps))
+                for name, scorer in self.scorers.items():
+                    if name in weights:
+                        rows[-1].states[name] = scorer.open(sequence.tokens)
         except BaseException:
-            for row in first:
+            for row in rows:
                 row.close()
             raise
-        return [
-            [row, *(row.fork(seed) for seed in prompt.seeds[1:])]
-            for row, prompt in zip(first, prompts, strict=True)
-        ]
+        return rows
+
+    def prefill(self, rows: Sequence[Row], ends: Sequence[int]) -> None:
+        """Compute the tokens of each row up to ``ends[i]`` in every model, all rows together.
+
+        Rows that are computed up to their last token become ``ready``; scorers that are no
+        ``TreeScorer`` compute a prompt in one go, when the policy is through with it. A row that a
+        guide fails on gets ``error`` set.
+        """
+        try:
+            self._prefill(rows, ends)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if len(rows) > 1:  # find the culprit; what is computed already is not done again
+                for row, end in zip(rows, ends, strict=True):
+                    self.prefill([row], [end])
+            else:
+                rows[0].error = one_line(error)
+
+    def _prefill(self, rows: Sequence[Row], ends: Sequence[int]) -> None:
+        self.policy.prefill([row.sequence for row in rows], keep=1, ends=ends)
+        through = [i for i, row in enumerate(rows) if ends[i] >= row.length]
+        for name, scorer in self.scorers.items():
+            users = [i for i, row in enumerate(rows) if name in row.weights]
+            if isinstance(scorer, TreeScorer):
+                states: list[Any] = [rows[i].states[name] for i in users]
+                scorer.prefill(states, [ends[i] for i in users])
+            elif whole := [rows[i].states[name] for i in users if i in through]:
+                scorer.prefill(whole)
+        for i in through:
+            rows[i].ready = True
 
     @torch.inference_mode()
     def step(self, rows: list[Row]) -> tuple[Step, list[float | None]]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text, token ids (also a one-dimensional array or tensor), or chat messages
@@ -99,6 +99,16 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[int]], str
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
     return decode
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end a response, by the model's configs and its tokenizer."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found |= set(ids) if isinstance(ids, (list, tuple)) else {ids}
+    return frozenset(found)
 
 
 class TextStream:

@@ -68,6 +68,7 @@ def sample(
     if asked:
         warm_up = dataclasses.replace(point.sampling, n=1, max_tokens=WARM_UP)
         list(engine.completions(prompts[:1], point.rule, weights, warm_up))
+        engine.clear_prefixes()  # else a point would be faster than those before it
     before = time.perf_counter()
     outputs = engine.completions(
         [prompts[i] for i, _, _ in asked],

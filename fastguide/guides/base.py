@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +47,22 @@ class Guide(Protocol):
             ValueError: for weights that are missing, corrupt or do not fit the policy.
         """
         ...
+
+
+def check_guides(guides: object) -> None:
+    """Refuse what is no mapping of names to guides.
+
+    Raises:
+        ValueError: naming what was received.
+    """
+    if not isinstance(guides, Mapping):
+        raise ValueError(f"guides is {guides!r:.80}; allowed is a mapping of names to guides")
+    for name, guide in guides.items():
+        if isinstance(guide, type) or not callable(getattr(guide, "load", None)):
+            raise ValueError(
+                f"guide {name!r} is {guide!r:.80}; allowed are ValueGuide(...), RewardGuide(...), "
+                "FunctionGuide(...) and objects with a load method"
+            )
 
 
 def check_rule(rule: Rule, name: str, kind: str | None) -> None:

@@ -89,6 +89,7 @@ class Decoder:
         self.pool = KVPool()
         self.context = context
         self.device = model.device
+        self._shapes: KVPool | None = None
         self._head = model.get_output_embeddings()
         self._stack: PackedStack | None = None
         self.weights = weights_of(model)
@@ -108,20 +109,57 @@ class Decoder:
         """Whether the layers run as one native stack."""
         return self._stack is not None
 
-    def open(self, tokens: Sequence[int]) -> CachedSequence:
-        """A new sequence; nothing is computed until it is first run."""
-        return CachedSequence(self.pool, list(tokens))
+    def open(self, tokens: Sequence[int], keep: int = 0) -> CachedSequence:
+        """A new sequence; nothing is computed until it is first run.
 
-    def prefill(self, sequences: Sequence[CachedSequence], keep: int = 0) -> None:
-        """Compute pending tokens in chunks, all but the last ``keep`` of each sequence."""
+        What the pool still has of an earlier request with the same beginning is shared, all but
+        the last ``keep`` tokens.
+        """
+        sequence = CachedSequence(self.pool, list(tokens))
+        sequence.reuse(keep)
+        return sequence
+
+    def reserve(self, capacity: int, prefixes: bool = True) -> None:
+        """Give the pool its final size; see ``KVPool.fix``."""
+        self.pool.fix(capacity, self._probe(), prefixes)
+
+    def slot_bytes(self) -> int:
+        """Bytes that one token takes in the cache."""
+        return self._probe().slot_bytes
+
+    def _probe(self) -> KVPool:
+        """A pool that one token went through: it shows shapes and dtypes of all layers."""
+        if self._shapes is None:
+            probe = Decoder(self.model)
+            probe.pool = KVPool(1)
+            probe.run([probe.open([0])])
+            self._shapes = probe.pool
+        return self._shapes
+
+    def prefill(
+        self,
+        sequences: Sequence[CachedSequence],
+        keep: int = 0,
+        ends: Sequence[int] | None = None,
+    ) -> None:
+        """Compute pending tokens in chunks, all but the last ``keep`` of each sequence.
+
+        Args:
+            sequences: to compute.
+            keep: so many last tokens stay pending.
+            ends: per sequence, where to stop for now: its tokens from there on stay pending, too.
+        """
+        stops = [len(s) - keep for s in sequences]
+        if ends is not None:
+            stops = [min(pair) for pair in zip(stops, ends, strict=True)]
         while True:
             batch: list[_Rows] = []
             room = PASS_TOKENS
             with self._owning(batch):
-                for sequence in sequences:
-                    todo = sequence.pending
-                    todo = todo[: max(0, len(todo) - keep)][: min(PREFILL_CHUNK, room)]
-                    if todo:
+                for sequence, stop in zip(sequences, stops, strict=True):
+                    cached = len(sequence.slots)
+                    end = min(stop, cached + min(PREFILL_CHUNK, room))
+                    if todo := sequence.tokens[cached:end]:
                         batch.append(_Rows(sequence, todo, [], self.pool.take(len(todo))))
                         room -= len(todo)
                 if not batch:
@@ -204,7 +242,7 @@ def weights_of(model: PreTrainedModel) -> int:
     every = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    tied = head is not None and head.weight is embedding
+    tied = head is not None and getattr(head, "weight", None) is embedding
     return every - (0 if tied else int(embedding.numel()))
 
 

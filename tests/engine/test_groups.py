@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from fastguide import VAS, Completion, Engine, FunctionGuide, SamplingParams, ValueGuide
-from fastguide.engine.scheduler import Scheduler
 from fastguide.guides import LoadContext
 from fastguide.guides.function import FunctionScorer, TokenState
 
@@ -138,37 +137,3 @@ def test_a_guide_that_cannot_be_forked_any_more_stops_its_prompt_only(stories: s
     assert found[3].error == "prompt 0: RuntimeError: no more forks"
     assert found[3].prompt_tokens == 0
     assert engine.runner.policy.pool.slots.in_use == 0
-
-
-class Job:
-    """A request of the scheduler: some samples, and for each that runs the steps it has left."""
-
-    def __init__(self, name: str, samples: int) -> None:
-        self.name = name
-        self.waiting = samples
-        self.rows = 0
-
-
-def test_the_scheduler_admits_in_order() -> None:
-    jobs = [Job("a", 2), Job("b", 5), Job("c", 1)]
-    scheduler = Scheduler(jobs, max_rows=3)
-
-    def admit() -> list[tuple[str, int]]:
-        admitted = scheduler.admit()
-        for job, count in admitted:
-            job.waiting -= count
-            job.rows += count
-        return [(job.name, count) for job, count in admitted]
-
-    assert admit() == [("a", 2), ("b", 1)]
-    assert admit() == []
-    jobs[0].rows = 0
-    scheduler.retire()
-    assert admit() == [("b", 2)]
-    jobs[1].rows = 0
-    scheduler.retire()
-    assert admit() == [("b", 2), ("c", 1)]
-    assert not scheduler.done
-    jobs[1].rows = jobs[2].rows = 0
-    scheduler.retire()
-    assert scheduler.done

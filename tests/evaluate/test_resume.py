@@ -83,14 +83,14 @@ def test_what_was_cut_short_is_sampled_again(study: Path, tmp_path: Path) -> Non
 
     runner = Runner(compared, tmp_path)
     engine, steps = runner.engine(), itertools.count()
-    step = engine._step
+    step = engine.runner.step
 
-    def interrupted(samples: Any) -> None:
+    def interrupted(rows: Any) -> Any:
         if next(steps) == 6:  # two of them warm up
             raise KeyboardInterrupt
-        step(samples)
+        return step(rows)
 
-    engine._step = interrupted  # type: ignore[method-assign]
+    engine.runner.step = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         runner.responses(point)
     found = Runner(compared, tmp_path).responses(point)

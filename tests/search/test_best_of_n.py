@@ -100,15 +100,15 @@ def test_the_kl_is_that_of_the_maximum_of_uniforms() -> None:
 def test_an_interrupt_loses_no_prompt_that_had_begun(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, step = [], engine._step
+    steps, step = [], engine.runner.step
 
-    def counted(samples: Any) -> None:
-        steps.append(len(samples))
+    def counted(rows: Any) -> Any:
+        steps.append(len(rows))
         if len(steps) == 4:
             raise KeyboardInterrupt
-        step(samples)
+        return step(rows)
 
-    monkeypatch.setattr(engine, "_step", counted)
+    monkeypatch.setattr(engine.runner, "step", counted)
     search = BestOfN(load_reward("length"), n=2)
     sampling = SamplingParams(max_tokens=8, seed=0)
     choices = best_of_n(engine, ["Once", "The dog"], search, sampling=sampling)

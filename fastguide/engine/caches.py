@@ -1,0 +1,184 @@
+"""The KV pools of an engine's models: how large they are, and what requests take of them.
+
+Slots are counted as vectors ``[P]`` int64, one number for each pool, in the order of ``names``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastguide.models.decoder import Decoder
+from fastguide.scorer import Scorer, TreeScorer
+
+GPU_SHARE = 0.9
+"""Of the memory that is free once the models are loaded; passes take the rest."""
+
+CPU_SHARE = 0.5
+CPU_MOST = 8 << 30
+"""Bytes: a cache on the CPU is not larger than this unless it is asked for."""
+
+SPARE = 2
+"""By default the caches hold so many times what the most samples take at full length: half of it
+is for prefixes of earlier requests then."""
+
+
+class Caches:
+    """The pools of the policy and of those guides that are decoders, each pool once."""
+
+    def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer]) -> None:
+        trees = {n: s.decoder for n, s in scorers.items() if isinstance(s, TreeScorer)}
+        self.decoders = {"model": policy}
+        for name, decoder in trees.items():
+            if all(decoder.pool is not d.pool for d in self.decoders.values()):
+                self.decoders[f"guide {name!r}"] = decoder
+        self.names = list(self.decoders)
+        self.pools = [decoder.pool for decoder in self.decoders.values()]
+        self._of_guide = {
+            name: np.array([decoder.pool is pool for pool in self.pools], dtype=np.int64)
+            for name, decoder in trees.items()
+        }
+        self._of_policy = np.array([policy.pool is pool for pool in self.pools], dtype=np.int64)
+
+    def reserve(self, slots: int, prefixes: bool) -> None:
+        """Give every pool its size.
+
+        Raises:
+            ValueError: there is not so much memory.
+        """
+        for decoder in self.decoders.values():
+            if not decoder.pool.fixed:  # a guide that another engine has loaded, too
+                decoder.reserve(slots, prefixes)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token in all the pools together."""
+        return sum(decoder.slot_bytes() for decoder in self.decoders.values())
+
+    @property
+    def capacity(self) -> np.ndarray:
+        """Slots of each pool."""
+        return np.array([pool.slots.capacity for pool in self.pools])
+
+    def free(self) -> np.ndarray:
+        """Slots of each pool that can be had: free ones, and those only prefixes are in."""
+        return np.array([pool.available() for pool in self.pools])
+
+    def uses(self, weights: Mapping[str, float]) -> np.ndarray:
+        """How many sequences a sample with these guides is in each pool."""
+        return self._of_policy + self._guides(weights)
+
+    def scratch(self, weights: Mapping[str, float], k: int) -> np.ndarray:
+        """Slots that the candidates of one step take."""
+        return k * self._guides(weights)
+
+    def opening(self, tokens: Sequence[int], weights: Mapping[str, float]) -> np.ndarray:
+        """Slots that a prompt takes, but for those that are in use by others anyway."""
+        uses = self.uses(weights)
+        shared = [pool.shared(tokens) if n else 0 for n, pool in zip(uses, self.pools, strict=True)]
+        return uses * (len(tokens) - np.array(shared))
+
+    def clear(self) -> None:
+        """Forget the prefixes of earlier requests."""
+        for pool in self.pools:
+            if pool.prefixes is not None:
+                pool.prefixes.clear()
+
+    def _guides(self, weights: Mapping[str, float]) -> np.ndarray:
+        return sum(
+            (self._of_guide[name] for name in weights if name in self._of_guide),
+            np.zeros_like(self._of_policy),
+        )
+
+
+def reserve(
+    caches: Caches,
+    memory: int | float | None,
+    device: torch.device,
+    most: int | None,
+    prefixes: bool = True,
+) -> None:
+    """Give the pools of an engine as many slots as there is memory for.
+
+    Args:
+        caches: of an engine that has loaded its models.
+        memory: bytes for all pools together, or a fraction of what is free; None is
+            ``GPU_SHARE`` or ``CPU_SHARE`` of it, and not more than is useful.
+        device: where they are.
+        most: slots that the most samples take at full length; None where that has no limit.
+        prefixes: keep the prefixes of earlier requests.
+
+    Raises:
+        ValueError: memory that cannot be had, or that holds no token.
+    """
+    free = free_bytes(device)
+    if memory is None:
+        wanted = int(free * (GPU_SHARE if device.type == "cuda" else CPU_SHARE))
+        wanted = wanted if device.type == "cuda" else min(wanted, CPU_MOST)
+    else:
+        wanted = int(memory * free) if isinstance(memory, float) else memory
+    each = caches.slot_bytes
+    slots = wanted // each
+    if memory is None and most is not None:
+        slots = min(slots, SPARE * most)
+    what = f"{each:,} bytes a token in {len(caches.names)} model(s); {_gib(free)} are free"
+    if slots < 1:
+        raise ValueError(f"the cache has room for no token: {_gib(wanted)} for {what}")
+    try:
+        caches.reserve(slots, prefixes)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        raise ValueError(
+            f"no memory on {device} for a cache of {slots:,} tokens, {_gib(slots * each)}: {what}; "
+            "a smaller kv_memory may fit"
+        ) from error
+
+
+def check_memory(memory: object) -> None:
+    """Refuse what is no amount of memory.
+
+    Raises:
+        ValueError: naming it and what is allowed.
+    """
+    number = isinstance(memory, (int, float)) and not isinstance(memory, bool)
+    fits = number and (0 < memory < 1 if isinstance(memory, float) else memory >= 1)  # type: ignore[operator]
+    if memory is not None and not fits:
+        raise ValueError(
+            f"kv_memory is {memory!r}; allowed are a whole number of bytes, a fraction of the free "
+            "memory above 0 and below 1, and None"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device: what is free, not what there is."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds for later counts as taken otherwise
+        return torch.cuda.mem_get_info(device)[0]
+    found = [_available()]
+    group = Path("/sys/fs/cgroup")  # a container may have less than its machine
+    try:
+        limit = int((group / "memory.max").read_text())
+        found.append(limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return max(0, min(found))
+
+
+def _available() -> int:
+    """Bytes of memory that the system can give."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:  # not Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return CPU_MOST
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):,.2f} GiB"
