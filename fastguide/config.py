@@ -30,6 +30,8 @@ class RowParameters(NamedTuple):
     greedy: bool
     inv_temperature: float
     log_sigmoid: bool = False
+    mass: float = 1.0
+    """Of the base distribution: no more candidates are scored than hold it."""
 
 
 def check_strength(name: str, value: float) -> None:
@@ -46,6 +48,12 @@ def check_strength(name: str, value: float) -> None:
 def _check_k(k: int) -> None:
     if isinstance(k, bool) or not isinstance(k, Integral) or not 1 <= k <= MAX_CANDIDATES:
         raise ValueError(f"k is {k!r}; allowed are whole numbers from 1 to {MAX_CANDIDATES}")
+
+
+def _check_mass(mass: float) -> None:
+    number = isinstance(mass, Real) and not isinstance(mass, bool)
+    if not number or not 0 < mass <= 1:
+        raise ValueError(f"candidate_mass is {mass!r}; allowed are numbers above 0 and up to 1")
 
 
 def _temperature(temperature: float) -> tuple[bool, float]:
@@ -81,11 +89,15 @@ class VAS:
         k: how many tokens are scored.
         fill: the value of all other tokens: ``mean`` of the candidates' (eq. 4), ``none`` for 0
             (the paper's ablation), ``drop`` to forbid them.
+        candidate_mass: score only the most likely tokens that hold this much of the base
+            distribution together, at most k of them; 1 scores all k. Most steps of a confident
+            model need a few. Eq. 4 holds with that many candidates.
     """
 
     beta: float = 1.0
     k: int = 20
     fill: Literal["mean", "none", "drop"] = "mean"
+    candidate_mass: float = 1.0
 
     guided = True
 
@@ -94,11 +106,15 @@ class VAS:
         _check_k(self.k)
         if self.fill not in FILLS:
             raise ValueError(f"fill is {self.fill!r}; allowed are {', '.join(FILLS)}")
+        _check_mass(self.candidate_mass)
 
     def lower(self, temperature: float) -> RowParameters:
         """Parameters of a row at a sampling temperature (0 is greedy)."""
         greedy, inverse = _temperature(temperature)
-        return RowParameters(self.k, 1.0, self.beta, FILLS.index(self.fill), greedy, inverse)
+        fill = FILLS.index(self.fill)
+        return RowParameters(
+            self.k, 1.0, self.beta, fill, greedy, inverse, mass=self.candidate_mass
+        )
 
 
 @dataclass(frozen=True)
@@ -113,11 +129,14 @@ class ARGS:
         weight: ``w``; from 0 to 1 when interpolated.
         k: how many tokens are scored.
         form: ``additive`` or ``interpolated``.
+        candidate_mass: score only the most likely tokens that hold this much of the base
+            distribution together, at most k of them, and drop the others.
     """
 
     weight: float = 1.5
     k: int = 10
     form: Literal["additive", "interpolated"] = "additive"
+    candidate_mass: float = 1.0
 
     guided = True
 
@@ -128,13 +147,15 @@ class ARGS:
             raise ValueError(f"form is {self.form!r}; allowed are additive, interpolated")
         if self.form == "interpolated" and not 0 <= self.weight <= 1:
             raise ValueError(f"weight is {self.weight!r}; allowed when interpolated is 0 to 1")
+        _check_mass(self.candidate_mass)
 
     def lower(self, temperature: float) -> RowParameters:
         """Parameters of a row at a sampling temperature (0 is greedy)."""
         greedy, inverse = _temperature(temperature)
         scale = 1.0 - self.weight if self.form == "interpolated" else 1.0
         weight = self.weight * inverse
-        return RowParameters(self.k, scale, weight, FILLS.index("drop"), greedy, inverse)
+        drop = FILLS.index("drop")
+        return RowParameters(self.k, scale, weight, drop, greedy, inverse, mass=self.candidate_mass)
 
 
 @dataclass(frozen=True)
@@ -146,22 +167,28 @@ class FUDGE:
     Attributes:
         weight: exponent ``w``; 1 is Bayes' rule, as published.
         k: how many tokens are scored.
+        candidate_mass: score only the most likely tokens that hold this much of the base
+            distribution together, at most k of them, and drop the others.
     """
 
     weight: float = 1.0
     k: int = 20
+    candidate_mass: float = 1.0
 
     guided = True
 
     def __post_init__(self) -> None:
         check_strength("weight", self.weight)
         _check_k(self.k)
+        _check_mass(self.candidate_mass)
 
     def lower(self, temperature: float) -> RowParameters:
         """Parameters of a row at a sampling temperature (0 is greedy)."""
         greedy, inverse = _temperature(temperature)
         drop = FILLS.index("drop")
-        return RowParameters(self.k, 1.0, self.weight, drop, greedy, inverse, log_sigmoid=True)
+        return RowParameters(
+            self.k, 1.0, self.weight, drop, greedy, inverse, True, self.candidate_mass
+        )
 
 
 Rule = Plain | VAS | ARGS | FUDGE

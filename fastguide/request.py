@@ -103,6 +103,7 @@ class Completion:
         base_logprobs: under the base model at the same temperature.
         kl: exact KL divergence of the guided from the base distribution at each step, in nats.
         scores: composed guide score of each token; None where it was not a scored candidate.
+        scored: how many candidates were scored for each token.
         seed: in fp32, this seed gives it again, as sample 0 (see ``SamplingParams.seed``).
         prompt_tokens: tokens of the prompt; 0 where the prompt was refused, which one completion
             reports for all its samples.
@@ -119,6 +120,7 @@ class Completion:
     base_logprobs: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     scores: list[float | None] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
     seed: int = 0
     prompt_tokens: int = 0
     seconds: float = 0.0

@@ -82,6 +82,7 @@ def build_rule(
     weight: float | None = None,
     k: int | None = None,
     fill: str | None = None,
+    candidate_mass: float | None = None,
     form: str | None = None,
 ) -> Rule:
     """The rule of the options that were given; None stands for an option left out.
@@ -93,6 +94,7 @@ def build_rule(
         weight: strength, of ARGS and FUDGE.
         k: how many tokens are scored.
         fill: of VAS.
+        candidate_mass: of the base distribution, that scored tokens must hold.
         form: of ARGS.
 
     Raises:
@@ -101,21 +103,23 @@ def build_rule(
     """
     chosen = name or ("vas" if guided else "none")
     takes = {
-        "vas": ("beta", "k", "fill"),
-        "args": ("weight", "k", "form"),
-        "fudge": ("weight", "k"),
+        "vas": ("beta", "k", "fill", "candidate_mass"),
+        "args": ("weight", "k", "form", "candidate_mass"),
+        "fudge": ("weight", "k", "candidate_mass"),
         "none": (),
     }
     if chosen not in takes:
         raise ValueError(f"rule is {chosen!r}; allowed are {', '.join(takes)}")
     options = {"beta": beta, "weight": weight, "k": k, "fill": fill, "form": form}
+    options["candidate_mass"] = candidate_mass
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
         if key not in takes[chosen]:
             reason = f"rule is {chosen!r}" if name else "no --guide is given"
             users = [rule for rule, keys in takes.items() if key in keys]
+            flag = key.replace("_", "-")
             raise ValueError(
-                f"--{key} is given, but {reason}; allowed with rule {' or '.join(users)}"
+                f"--{flag} is given, but {reason}; allowed with rule {' or '.join(users)}"
             )
     if chosen == "none":
         if guided:

@@ -61,6 +61,7 @@ def generate(
     beta: options.Beta = None,
     weight: options.Weight = None,
     k: options.K = None,
+    candidate_mass: options.CandidateMass = None,
     fill: options.Fill = None,
     form: options.Form = None,
     temperature: options.Temperature = 0.7,
@@ -78,11 +79,20 @@ def generate(
     if stream and as_json:
         raise ValueError("--stream and --json are both given; allowed is one of them")
     search = _search_of(best_of, rewards, samples, stream, device, trust_remote_code)
-    strength = (beta, weight, k, fill, form)
+    strength = (beta, weight, k, candidate_mass, fill, form)
     asked = rule in ("vas", "args", "fudge") or any(value is not None for value in strength)
     default = assets.guides() if asked and rule != "none" and model is None else []
     given = parse_guides(guides or default)
-    chosen = build_rule(rule, bool(given), beta=beta, weight=weight, k=k, fill=fill, form=form)
+    chosen = build_rule(
+        rule,
+        bool(given),
+        beta=beta,
+        weight=weight,
+        k=k,
+        candidate_mass=candidate_mass,
+        fill=fill,
+        form=form,
+    )
     if guide_base is not None and all(guide.path in assets.names() for guide in given):
         raise ValueError("--guide-base is given, but no guide is; allowed with --guide NAME=PATH")
     job = Job(

@@ -92,6 +92,10 @@ K = Annotated[
     int | None,
     _option(_RULE, "Tokens scored per step (20, args 10).", "--k", **_COUNT),
 ]
+CandidateMass = Annotated[
+    float | None,
+    _option(_RULE, "Score only the likeliest tokens that hold this share (1).", **_STRENGTH),
+]
 Fill = Annotated[
     str | None, _option(_RULE, "vas: score of all other tokens.", metavar="mean|none|drop")
 ]

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastguide.cache import CachedSequence
 from fastguide.models.decoder import Decoder
-from fastguide.scorer import Scorer, TreeScorer
+from fastguide.scorer import Scorer, State, TreeScorer
 
 GPU_SHARE = 0.9
 """Of the memory that is free once the models are loaded; passes take the rest."""
@@ -81,6 +82,14 @@ class Caches:
         uses = self.uses(weights)
         shared = [pool.shared(tokens) if n else 0 for n, pool in zip(uses, self.pools, strict=True)]
         return uses * (len(tokens) - np.array(shared))
+
+    def owed(self, states: Mapping[str, State]) -> np.ndarray:
+        """Slots of tokens that guides have yet to read, beside the last one of each."""
+        late = np.zeros_like(self._of_policy)
+        for name, state in states.items():
+            if isinstance(state, CachedSequence):
+                late += self._of_guide[name] * max(0, len(state) - len(state.slots) - 1)
+        return late
 
     def clear(self) -> None:
         """Forget the prefixes of earlier requests."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastguide.cache import CachedSequence
-from fastguide.config import RowParameters
+from fastguide.config import FILLS, RowParameters
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
 from fastguide.models.decoder import Decoder
 from fastguide.models.loading import one_line
@@ -162,6 +162,9 @@ class ModelRunner:
         A row whose model or guide fails gets ``error`` set and a meaningless token, and is not
         advanced.
 
+        A row of an adaptive rule whose only candidate is certain to be taken is not scored; its
+        guides read the token later, with the next that is.
+
         Returns:
             the step, and each row's composed score of its token (None if it was not scored).
         """
@@ -170,11 +173,14 @@ class ModelRunner:
         logits = self.policy.run([row.sequence for row in rows])
         based = time.perf_counter()
         candidates = top_candidates(logits, batch)
+        batch = batch.narrowed(candidates)
+        counts = zip(rows, batch.count.tolist(), strict=True)
+        scored = [0 if not row.weights or _settled(row, n) else n for row, n in counts]
         ranked = time.perf_counter()
-        scores = self._score(rows, candidates)
-        scored = time.perf_counter()
+        scores = self._score(rows, candidates, scored)
+        judged = time.perf_counter()
         positions = torch.tensor([len(r.sequence) for r in rows], device=logits.device)
-        step = sample(logits, candidates, scores, batch, positions)
+        step = sample(logits, candidates, scores, batch, positions, scored)
         for i, row in enumerate(rows):
             if step.tokens[i] < 0 and row.error is None:
                 row.error = self._failure(row, candidates.lse[i], scores[:, i])
@@ -182,9 +188,9 @@ class ModelRunner:
                 row.append(step.tokens[i])
         ended = time.perf_counter()
         self.seconds["base"] += based - started
-        self.seconds["scorer"] += scored - ranked
-        self.seconds["rule"] += (ranked - based) + (ended - scored)
-        known = [bool(row.weights) and step.sources[i] >= 0 for i, row in enumerate(rows)]
+        self.seconds["scorer"] += judged - ranked
+        self.seconds["rule"] += (ranked - based) + (ended - judged)
+        known = [n > 0 and source >= 0 for n, source in zip(scored, step.sources, strict=True)]
         return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
 
     def _failure(self, row: Row, lse: Tensor, scores: Tensor) -> str:
@@ -215,18 +221,28 @@ class ModelRunner:
             self._batch = (list(rows), built)
         return self._batch[1]
 
-    def _score(self, rows: list[Row], candidates: Candidates) -> Tensor:
-        """Scores ``[G, N, K]`` fp32 of every guide; 0 where a row does not use it."""
+    def _score(self, rows: list[Row], candidates: Candidates, counts: list[int]) -> Tensor:
+        """Scores ``[G, N, K]`` fp32 of every guide; 0 where it was not asked.
+
+        Args:
+            rows: of the step.
+            candidates: theirs.
+            counts: how many of them to score.
+        """
         values = candidates.values
         scores = values.new_zeros(len(self.scorers), *values.shape, dtype=torch.float32)
-        if not any(row.weights for row in rows):
+        if not any(counts):
             return scores
         ids = candidates.ids.tolist()
         for (name, scorer), own in zip(self.scorers.items(), scores, strict=True):
-            users = [i for i, row in enumerate(rows) if name in row.weights and row.error is None]
+            users = [
+                i
+                for i, row in enumerate(rows)
+                if counts[i] and name in row.weights and row.error is None
+            ]
             if not users:
                 continue
-            wanted = [ids[i][: rows[i].parameters.k] for i in users]
+            wanted = [ids[i][: counts[i]] for i in users]
             for i, result in self._score_rows(name, scorer, rows, users, wanted):
                 own[i, : len(result)] = result
         return scores
@@ -250,3 +266,8 @@ class ModelRunner:
             row.error = f"guide {name!r} failed at step {row.steps}: {what}"
             return []
         return list(zip(users, results, strict=True))
+
+
+def _settled(row: Row, count: int) -> bool:
+    """Whether scores cannot matter: there is one candidate, and its score is no other token's."""
+    return count == 1 and row.parameters.mass < 1 and row.parameters.fill != FILLS.index("none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +28,8 @@ class RowBatch:
     """``[G, N]``; 0 where a row does not use a guide."""
     width: int
     """Columns to extract: the largest k, and one more, which bounds what lies past it."""
+    mass: Tensor | None
+    """fp64: how much of the base distribution candidates must hold; None if all k are scored."""
 
     @classmethod
     def build(
@@ -63,7 +65,21 @@ class RowBatch:
                 len(guides), len(rows)
             ),
             width=max(r.k for r in rows) + 1,
+            mass=column([r.mass for r in rows], torch.float64)
+            if any(r.mass < 1 for r in rows)
+            else None,
         )
+
+    def narrowed(self, candidates: Candidates) -> RowBatch:
+        """The same rows with as many candidates as hold their ``mass``, at most k."""
+        if self.mass is None:
+            return self
+        wide = candidates.values.double()
+        share = torch.exp(wide - candidates.lse.double()[:, None])
+        before = share.cumsum(1) - share  # what the candidates above a column hold
+        needed = (before < self.mass[:, None]) & torch.isfinite(wide)
+        count = needed.sum(1, dtype=torch.int32).clamp(min=1).minimum(self.count)
+        return replace(self, count=torch.where(self.mass < 1, count, self.count))
 
 
 def mode_of(row: RowParameters) -> int:
@@ -89,6 +105,8 @@ class Step(NamedTuple):
     logprobs: list[float]
     base_logprobs: list[float]
     kl: list[float]
+    scored: list[int]
+    """How many candidates guides scored."""
 
 
 def top_candidates(logits: Tensor, batch: RowBatch) -> Candidates:
@@ -103,7 +121,12 @@ def top_candidates(logits: Tensor, batch: RowBatch) -> Candidates:
 
 
 def sample(
-    logits: Tensor, candidates: Candidates, scores: Tensor, batch: RowBatch, positions: Tensor
+    logits: Tensor,
+    candidates: Candidates,
+    scores: Tensor,
+    batch: RowBatch,
+    positions: Tensor,
+    scored: list[int],
 ) -> Step:
     """Draw one token per row from the guided distribution.
 
@@ -113,6 +136,7 @@ def sample(
         scores: ``[G, N, K]`` fp32, each guide's scores of the candidates.
         batch: the rows' parameters.
         positions: ``[N]`` int64, the index of the new token in its sequence.
+        scored: how many candidates of each row have scores.
 
     Returns:
         a ``Step``, with token -1 in rows whose logits or scores are not finite.
@@ -132,4 +156,4 @@ def sample(
     )
     numbers = torch.stack([column.double() for column in drawn]).tolist()  # one transfer
     tokens, sources, *others = numbers
-    return Step([int(t) for t in tokens], [int(s) for s in sources], *others)
+    return Step([int(t) for t in tokens], [int(s) for s in sources], *others, scored)

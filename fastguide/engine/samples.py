@@ -184,7 +184,11 @@ class Sample:
     def growth(self, tokens: int) -> Slots:
         """``[P]``: slots that it takes for its next tokens, and for candidates."""
         left = self.request.max_tokens - len(self.completion.token_ids)
-        return self.request.slots(min(tokens, left))
+        needed = self.request.slots(min(tokens, left))
+        if self.row is None:
+            return needed
+        assert self.request.caches is not None
+        return needed + self.request.caches.owed(self.row.states)
 
     def take(
         self, step: Step, i: int, score: float | None, end_tokens: Collection[int]
@@ -203,6 +207,7 @@ class Sample:
         done.base_logprobs.append(step.base_logprobs[i])
         done.kl.append(step.kl[i])
         done.scores.append(score)
+        done.scored.append(step.scored[i])
         ends = token in end_tokens and not sampling.ignore_eos
         if ends or token in sampling.stop_token_ids or self.text.add(token):
             return "stop"

@@ -106,7 +106,7 @@ def reward_weights(reward: Reward) -> int:
 
 
 def costs(
-    rows: Sequence[Row], best_of: int, policy: int, guides: Sequence[int], k: int, reward: int
+    rows: Sequence[Row], best_of: int, policy: int, guides: Sequence[int], reward: int
 ) -> Iterator[tuple[str, float]]:
     """What one answer takes: 2 FLOPs per weight and token, and seconds of this run.
 
@@ -114,8 +114,7 @@ def costs(
         rows: of the point.
         best_of: responses that compete; they share the prompt.
         policy: weights of the policy.
-        guides: weights of each guide in use; it reads the prompt once and k rows per token.
-        k: candidates.
+        guides: weights of each guide in use; it reads the prompt, and the candidates.
         reward: weights of the reward, which reads prompt and response; 0 if it is no model.
     """
     number = len(rows)
@@ -123,7 +122,8 @@ def costs(
     prompt = sum(row["prompt_tokens"] for row in rows) / number
     seconds = sum(row["seconds"] for row in rows) / number
     yield "policy_flops", 2.0 * policy * (prompt + best_of * tokens)
-    yield "guide_flops", sum(2.0 * guide * (prompt + best_of * k * tokens) for guide in guides)
+    scored = sum(row["scored"] for row in rows) / number
+    yield "guide_flops", sum(2.0 * guide * (prompt + best_of * scored) for guide in guides)
     # Records call what the reward takes judge_flops and judge_seconds; no language model is meant.
     rewarding = sum(row["judge_seconds"] for row in rows) / number if best_of > 1 else 0.0
     yield "judge_flops", 2.0 * reward * best_of * (prompt + tokens) if best_of > 1 else 0.0

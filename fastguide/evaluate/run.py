@@ -214,7 +214,6 @@ class Runner:
             point.best_of,
             self.engine(point.policy).runner.policy.weights,
             [s.decoder.weights for s in used if hasattr(s, "decoder")],
-            point.rule.k,
             estimates.reward_weights(self.rewards["reward"]),
         )
         return {

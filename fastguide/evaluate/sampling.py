@@ -113,6 +113,7 @@ def _row(output: Completion, prompt: int, sample: int, seconds: float) -> Row:
         "text": output.text,
         "token_ids": output.token_ids,
         "tokens": len(output.token_ids),
+        "scored": sum(output.scored),
         "prompt_tokens": output.prompt_tokens,
         "finish_reason": output.finish_reason,
         "kl": sum(output.kl),

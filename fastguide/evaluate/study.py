@@ -19,7 +19,7 @@ from fastguide.request import SamplingParams
 
 TAKEN = (
     *("prompt", "sample", "text", "token_ids", "prompt_tokens", "finish_reason", "seconds"),
-    *("logprob", "log_ratio", "judge_seconds"),
+    *("logprob", "log_ratio", "scored", "judge_seconds"),
     *("point", "method", "setting", "failed", "example", "runs"),
     *("policy_flops", "guide_flops", "judge_flops", "tokens_per_second", "seconds_per_response"),
 )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastguide.cache import CachedSequence, KVPool
@@ -90,7 +90,7 @@ class Decoder:
         self.context = context
         self.device = model.device
         self._shapes: KVPool | None = None
-        self._head = model.get_output_embeddings()
+        self._head: nn.Module | None = model.get_output_embeddings()
         self._stack: PackedStack | None = None
         self.weights = weights_of(model)
         """Weights that a token is multiplied with."""
@@ -240,7 +240,7 @@ class Decoder:
 def weights_of(model: PreTrainedModel) -> int:
     """Weights that a token is multiplied with: all but looked-up embeddings."""
     every = sum(p.numel() for p in model.parameters())
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tied = head is not None and getattr(head, "weight", None) is embedding
     return every - (0 if tied else int(embedding.numel()))

@@ -112,7 +112,7 @@ def _layer(layer: Any, config: Any) -> StackLayer:
     attention, mlp = layer.self_attn, layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     window = getattr(attention, "sliding_window", None)
     if config.model_type == "mistral":  # every layer's, and in no module
         window = config.sliding_window
@@ -120,8 +120,9 @@ def _layer(layer: Any, config: Any) -> StackLayer:
         _fp32(layer.input_layernorm.weight),
         _fp32(layer.post_attention_layernorm.weight),
         [linear.packed for linear in linears],
-        *(None if norm is None else _fp32(norm.weight) for norm in norms),
-        window=window or 0,
+        None if query_norm is None else _fp32(query_norm.weight),
+        None if key_norm is None else _fp32(key_norm.weight),
+        window or 0,
     )
 
 

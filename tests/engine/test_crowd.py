@@ -27,7 +27,8 @@ def crowd(engine: Engine, count: int, seed: int) -> None:
         for _ in range(rng.randrange(3) if added < count else 0):
             cut, more = rng.randrange(30), rng.randrange(1, 40)
             prompt = shared[:cut] + [rng.randrange(1, 60) for _ in range(more)]
-            rule = rng.choice([None, VAS(2.0, rng.randrange(1, 9)), ARGS(1.5, 4)])
+            k, mass = rng.randrange(1, 9), rng.choice([1.0, 0.5, 0.02])
+            rule = rng.choice([None, VAS(2.0, k, candidate_mass=mass), ARGS(1.5, 4)])
             weights = rng.choice([None, {"g": 1.0}, {"g": 1.0, "f": 0.5}]) if rule else None
             sampling = SamplingParams(
                 rng.choice([0.0, 0.8, 1.3]),

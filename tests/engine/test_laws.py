@@ -54,16 +54,21 @@ def recompute(stories: str, lora_guide: str) -> Callable[[list[int], Rule, int],
         for _ in range(steps):
             base = torch.log_softmax(policy(torch.tensor([tokens])).logits[0, -1].double(), -1)
             top = base.topk(rule.k)
+            share = top.values.exp()
+            needed = share.cumsum(0) - share < rule.candidate_mass
+            top = (top.values[needed], top.indices[needed])
             scores = torch.stack(
-                [value(torch.tensor([[*tokens, int(t)]]))[0, -1].double() for t in top.indices]
+                [value(torch.tensor([[*tokens, int(t)]]))[0, -1].double() for t in top[1]]
             )
-            if isinstance(rule, VAS):
-                total = top.values + rule.beta * scores
-            elif isinstance(rule, ARGS) and rule.form == "interpolated":
-                total = (1 - rule.weight) * top.values + rule.weight * scores
+            if isinstance(rule, VAS):  # other tokens keep their logits
+                base[top[1]] += rule.beta * (scores - scores.mean())
+                tokens.append(int(base.argmax()))
+                continue
+            if isinstance(rule, ARGS) and rule.form == "interpolated":
+                total = (1 - rule.weight) * top[0] + rule.weight * scores
             else:
-                total = top.values + rule.weight * scores
-            tokens.append(int(top.indices[total.argmax()]))
+                total = top[0] + rule.weight * scores
+            tokens.append(int(top[1][total.argmax()]))
         return tokens[len(prompt) :]
 
     return decode
@@ -71,7 +76,14 @@ def recompute(stories: str, lora_guide: str) -> Callable[[list[int], Rule, int],
 
 @pytest.mark.parametrize(
     "rule",
-    [VAS(6.0, 12), VAS(-6.0, 5), ARGS(4.0, 10), ARGS(0.8, 8, "interpolated")],
+    [
+        VAS(6.0, 12),
+        VAS(-6.0, 5),
+        VAS(6.0, 12, candidate_mass=0.7),
+        ARGS(4.0, 10),
+        ARGS(0.8, 8, "interpolated"),
+        ARGS(4.0, 10, candidate_mass=0.9),
+    ],
     ids=lambda rule: repr(rule),
 )
 def test_greedy_tokens_equal_a_full_recompute_of_each_continuation(

@@ -91,14 +91,15 @@ def test_answers_are_the_best_of_the_first_responses() -> None:
 
 
 def test_costs_count_what_competes_and_who_judges() -> None:
-    one = rows({0: [1.0]}, tokens=10, prompt_tokens=4, seconds=2.0, judge_seconds=0.5)
-    plain = dict(estimates.costs(one, 1, policy=100, guides=[], k=20, reward=7))
+    counts = dict(tokens=10, prompt_tokens=4, scored=200)
+    one = rows({0: [1.0]}, **counts, seconds=2.0, judge_seconds=0.5)
+    plain = dict(estimates.costs(one, 1, policy=100, guides=[], reward=7))
     assert (plain["policy_flops"], plain["guide_flops"], plain["judge_flops"]) == (2800, 0, 0)
     assert (plain["seconds_per_response"], plain["tokens_per_second"]) == (2.0, 5.0)
-    best = dict(estimates.costs(one, 8, policy=100, guides=[], k=20, reward=7))
+    best = dict(estimates.costs(one, 8, policy=100, guides=[], reward=7))
     assert (best["policy_flops"], best["judge_flops"]) == (200 * 84, 14 * 8 * 14)
     assert best["seconds_per_response"] == 8 * 2.5
-    guided = dict(estimates.costs(one, 1, policy=100, guides=[30, 40], k=20, reward=7))
+    guided = dict(estimates.costs(one, 1, policy=100, guides=[30, 40], reward=7))
     assert guided["guide_flops"] == 2 * 70 * (4 + 20 * 10)
 
 
