@@ -155,5 +155,6 @@ def sample(
         position=positions,
     )
     numbers = torch.stack([column.double() for column in drawn]).tolist()  # one transfer
-    tokens, sources, *others = numbers
-    return Step([int(t) for t in tokens], [int(s) for s in sources], *others, scored)
+    tokens, sources, given, logprobs, base, kl = numbers
+    whole = [int(t) for t in tokens], [int(s) for s in sources]
+    return Step(*whole, given, logprobs, base, kl, scored)
