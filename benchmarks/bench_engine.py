@@ -37,6 +37,9 @@ from shapes import (
 from fastguide import VAS, Plain
 from fastguide.engine.runner import ModelRunner
 
+BETA = baselines.CASES["VAS k=20"].strength
+"""High, as the distribution of random weights is flat: candidates have nearly all of the mass."""
+
 
 @torch.inference_mode()
 def check(device: str, prompt: int = 32, steps: int = 4) -> None:
@@ -65,7 +68,7 @@ def check(device: str, prompt: int = 32, steps: int = 4) -> None:
 
 def measure(runner: ModelRunner, arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     """Alternate unguided and guided steps; medians, spreads and phases of both."""
-    rules = {"unguided": Plain(), "guided": VAS(beta=4.0, k=arguments.k)}
+    rules = {"unguided": Plain(), "guided": VAS(beta=BETA, k=arguments.k)}
     prompts = [prompt_tokens(b, arguments.prompt) for b in range(batch)]
     rows = {name: open_rows(runner, rule, prompts, 0.7) for name, rule in rules.items()}
     times: dict[str, list[float]] = {name: [] for name in rules}

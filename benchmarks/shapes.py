@@ -72,8 +72,11 @@ def build(device: str, dtype: torch.dtype = torch.bfloat16, shape: Shape = SHAPE
     """fastguide's policy and guide, each with its own weights and pool."""
     policy = random_llama(device, NAME, dtype, shape, POLICY_SEED)
     guide = random_llama(device, NAME, dtype, shape, GUIDE_SEED)
-    scorer = TreeScorer(Decoder(guide.model), random_head(device, dtype, shape))
-    return ModelRunner(Decoder(policy), {"value": scorer})
+    decoders = Decoder(policy), Decoder(guide.model)
+    for decoder in decoders:
+        decoder.pack()
+    scorer = TreeScorer(decoders[1], random_head(device, dtype, shape))
+    return ModelRunner(decoders[0], {"value": scorer})
 
 
 def open_rows(
