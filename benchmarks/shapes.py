@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastguide import TreeScorer
 from fastguide.config import Rule
-from fastguide.engine.runner import ModelRunner, Row, RowSpec
+from fastguide.engine.rows import Row, RowSpec
+from fastguide.engine.runner import ModelRunner
 from fastguide.models.attention import NAME
 from fastguide.models.decoder import Decoder
 

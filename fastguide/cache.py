@@ -69,11 +69,11 @@ class KVPool:
         """Slots that ``take`` can give without growing: free ones, and idle ones of prefixes."""
         return self.slots.available() + self.slots.idle
 
-    def shared(self, tokens: Sequence[int]) -> int:
+    def shared(self, tokens: Sequence[int], adapter: int | None = None) -> int:
         """How many of the first tokens of a request lie in slots that are in use anyway."""
         if self.prefixes is None:
             return 0
-        return int(self.slots.owned(self.prefixes.match(tokens)).sum())
+        return int(self.slots.owned(self.prefixes.match(marked(tokens, adapter))).sum())
 
     def take(self, count: int) -> np.ndarray:
         """Allocate ``count`` slots ``[count]`` int64: free ones, else those of old prefixes.
@@ -141,6 +141,11 @@ def _empty(like: Tensor, capacity: int) -> Tensor:
     return like.new_empty(capacity, *like.shape[1:])
 
 
+def marked(tokens: Sequence[int], adapter: int | None) -> np.ndarray:
+    """Tokens ``[n]`` int64 as a prefix index knows them: those of each adapter are others."""
+    return np.asarray(tokens, dtype=np.int64) + (0 if adapter is None else (adapter + 1) << 40)
+
+
 class CachedSequence:
     """The tokens of one request as one model sees them.
 
@@ -148,8 +153,10 @@ class CachedSequence:
     ``branches`` holds the slots of the continuations that the last pass scored.
     """
 
-    def __init__(self, pool: KVPool, tokens: list[int]) -> None:
+    def __init__(self, pool: KVPool, tokens: list[int], adapter: int | None = None) -> None:
         self.pool = pool
+        self.adapter = adapter
+        """Which of the model's adapters its tokens go through."""
         self.tokens = list(tokens)
         self.branches: dict[tuple[int, ...], np.ndarray] = {}
         self._slots = np.empty(max(64, 2 * len(tokens)), dtype=np.int64)
@@ -182,7 +189,7 @@ class CachedSequence:
 
     def fork(self) -> CachedSequence:
         """A second sequence with the same tokens, sharing every slot."""
-        twin = CachedSequence(self.pool, self.tokens)
+        twin = CachedSequence(self.pool, self.tokens, self.adapter)
         self.pool.slots.share(self.slots)
         twin._extend(self.slots)
         return twin
@@ -203,7 +210,8 @@ class CachedSequence:
             keep: how many of the last tokens stay pending even so.
         """
         if self.pool.prefixes is not None and not self._cached:
-            slots = self.pool.prefixes.match(self.tokens[: max(0, len(self.tokens) - keep)])
+            known = marked(self.tokens[: max(0, len(self.tokens) - keep)], self.adapter)
+            slots = self.pool.prefixes.match(known)
             self.pool.slots.share(slots)
             self._extend(slots)
             self.pool.reused += len(slots)
@@ -212,7 +220,8 @@ class CachedSequence:
         """Let later requests reuse what is cached of this sequence, also when it has closed."""
         if self.pool.prefixes is not None and self._cached:
             own = self.slots.copy()
-            kept = self.pool.prefixes.insert(self.tokens[: len(own)], own)
+            known = marked(self.tokens[: len(own)], self.adapter)
+            kept = self.pool.prefixes.insert(known, own)
             # Another request may have computed the same meanwhile: one copy of it is enough.
             twice = kept != own
             self.pool.slots.share(kept[twice])

@@ -44,7 +44,7 @@ class PrefixIndex:
         """How many slots it keeps."""
         return sum(len(node.slots) for node in self._nodes)
 
-    def match(self, tokens: Sequence[int]) -> np.ndarray:
+    def match(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """Slots ``[n]`` int64 of the longest prefix of ``tokens`` that is in the pool.
 
         They are nobody's yet: whoever wants them calls ``SlotAllocator.share`` before anything
@@ -59,7 +59,7 @@ class PrefixIndex:
         self._touch(last)
         return np.concatenate(found) if found else self._root.slots
 
-    def insert(self, tokens: Sequence[int], slots: np.ndarray) -> np.ndarray:
+    def insert(self, tokens: Sequence[int] | np.ndarray, slots: np.ndarray) -> np.ndarray:
         """Keep a prefix that a sequence has computed and owns.
 
         Args:

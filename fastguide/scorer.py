@@ -71,16 +71,22 @@ class TreeScorer:
     """A decoder with a scalar head; all requests' candidates go through it as one tree pass."""
 
     def __init__(
-        self, decoder: Decoder, head: Callable[[Tensor], Tensor], kind: str | None = None
+        self,
+        decoder: Decoder,
+        head: Callable[[Tensor], Tensor],
+        kind: str | None = None,
+        adapter: int | None = None,
     ) -> None:
         """Put a head on a decoder.
 
         Args:
-            decoder: a backbone whose passes return hidden states ``[n, hidden]``.
+            decoder: a model that gives hidden states ``[n, hidden]``; it may be the policy itself.
             head: hidden states ``[n, hidden]`` to scalars ``[n]`` or ``[n, 1]``.
             kind: what the scalars are, as in ``GuideConfig``; None fits every rule.
+            adapter: of the decoder's adapters, the one that its states go through.
         """
         self.kind = kind
+        self.adapter = adapter
         self.decoder = decoder
         self.head = head
         self.context = decoder.context
@@ -88,7 +94,7 @@ class TreeScorer:
 
     def open(self, tokens: Sequence[int]) -> CachedSequence:
         """Start a request with its prompt's tokens; nothing is computed yet."""
-        return self.decoder.open(tokens)
+        return self.decoder.open(tokens, adapter=self.adapter)
 
     def prefill(self, states: Sequence[CachedSequence], ends: Sequence[int] | None = None) -> None:
         """Compute keys and values of pending tokens: all, or up to ``ends[i]`` in state i."""
@@ -133,9 +139,12 @@ class TreeScorer:
                 )
         if not states:
             return []
-        hidden = self.decoder.run(states, branches)
-        scores = self.head(hidden).reshape(-1).float()
-        return list(scores.split([len(row) for row in branches]))
+        hidden = self.decoder.run(states, branches, hidden=True)
+        return list(self.values(hidden).split([len(row) for row in branches]))
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """The head's scalars ``[n]`` fp32 of hidden states ``[n, hidden]``."""
+        return self.head(hidden).reshape(-1).float()
 
 
 def branch_of(candidate: Candidate) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fastguide.cache import CachedSequence
+from fastguide.engine.ways import Ways
 from fastguide.models.decoder import Decoder
 from fastguide.scorer import Scorer, State, TreeScorer
 
@@ -31,8 +32,12 @@ is for prefixes of earlier requests then."""
 class Caches:
     """The pools of the policy and of those guides that are decoders, each pool once."""
 
-    def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer]) -> None:
-        trees = {n: s.decoder for n, s in scorers.items() if isinstance(s, TreeScorer)}
+    def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer], ways: Ways) -> None:
+        trees = {
+            n: s.decoder
+            for n, s in scorers.items()
+            if isinstance(s, TreeScorer) and not ways.stateless(n)
+        }
         self.decoders = {"model": policy}
         for name, decoder in trees.items():
             if all(decoder.pool is not d.pool for d in self.decoders.values()):
@@ -44,6 +49,8 @@ class Caches:
             for name, decoder in trees.items()
         }
         self._of_policy = np.array([policy.pool is pool for pool in self.pools], dtype=np.int64)
+        self._adapters = {n: s.adapter for n, s in scorers.items() if isinstance(s, TreeScorer)}
+        self._read_by_policy = ways.inside if ways.reads_candidates else frozenset()
 
     def reserve(self, slots: int, prefixes: bool) -> None:
         """Give every pool its size.
@@ -75,13 +82,22 @@ class Caches:
 
     def scratch(self, weights: Mapping[str, float], k: int) -> np.ndarray:
         """Slots that the candidates of one step take."""
-        return k * self._guides(weights)
+        by_policy = not self._read_by_policy.isdisjoint(weights)
+        return k * (self._guides(weights) + by_policy * self._of_policy)
 
     def opening(self, tokens: Sequence[int], weights: Mapping[str, float]) -> np.ndarray:
         """Slots that a prompt takes, but for those that are in use by others anyway."""
-        uses = self.uses(weights)
-        shared = [pool.shared(tokens) if n else 0 for n, pool in zip(uses, self.pools, strict=True)]
-        return uses * (len(tokens) - np.array(shared))
+        adapters: list[tuple[np.ndarray, int | None]] = [(self._of_policy, None)]
+        adapters += [
+            (self._of_guide[name], self._adapters[name])
+            for name in weights
+            if name in self._of_guide
+        ]
+        total = np.zeros_like(self._of_policy)
+        for place, adapter in adapters:
+            pool = self.pools[int(place.argmax())]
+            total += place * (len(tokens) - pool.shared(tokens, adapter))
+        return total
 
     def owed(self, states: Mapping[str, State]) -> np.ndarray:
         """Slots of tokens that guides have yet to read, beside the last one of each."""

@@ -63,6 +63,7 @@ class Engine:
         kv_memory: int | float | None = None,
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
+        way: str = "auto",
     ) -> None:
         """Load the policy and its guides.
 
@@ -82,6 +83,8 @@ class Engine:
             prefill_tokens: most prompt tokens that a step computes in each model, so that long
                 prompts do not hold up what runs; None is 512 on a CPU and 2,048 on a GPU.
             prefix_cache: keep the beginnings of earlier requests, until their memory is needed.
+            way: how guides on the policy's own weights run: ``one-pass`` with the policy,
+                ``two-phase`` after it, or ``auto``, whichever costs less by passes measured here.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
@@ -101,9 +104,17 @@ class Engine:
         trust = dict(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         try:
             policy = load_policy(path, dtype=dtype, device=where, **trust)
+            self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
+            policy.pack()
             vocabulary = policy.model.config.get_text_config().vocab_size
             context = LoadContext(
-                self.tokenizer, where, policy.model.dtype, vocabulary=vocabulary, **trust
+                self.tokenizer,
+                where,
+                policy.model.dtype,
+                vocabulary=vocabulary,
+                policy=policy,
+                policy_path=assets.absolute(Path(assets.resolve(path))),
+                **trust,
             )
             scorers = {name: guide.load(context) for name, guide in guides.items()}
         except torch.OutOfMemoryError as error:
@@ -112,17 +123,16 @@ class Engine:
                 f"{one_line(error)}"
             ) from error
         self.name_or_path = assets.absolute(path)
-        self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
-        policy.pack()
-        self.runner = ModelRunner(policy, scorers)
+        self.runner = ModelRunner(policy, scorers, way)
         self.limits = Limits(
             vocabulary=vocabulary,
             context=policy.context,
             guide_contexts={name: scorer.context for name, scorer in scorers.items()},
             guide_kinds={name: getattr(scorer, "kind", None) for name, scorer in scorers.items()},
         )
-        caches = Caches(policy, scorers)
-        longest = policy.context and max_rows * (policy.context + MAX_CANDIDATES)
+        caches = Caches(policy, scorers, self.runner.ways)
+        uses = int(caches.uses(dict.fromkeys(scorers, 1.0)).max())  # sequences of a sample
+        longest = policy.context and uses * max_rows * (policy.context + MAX_CANDIDATES)
         reserve(caches, kv_memory, where, longest, prefix_cache)
         if prefill_tokens is None:
             prefill_tokens = 512 if where.type == "cpu" else 2048

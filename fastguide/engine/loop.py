@@ -149,6 +149,7 @@ class Loop:
             preemptions=self._preemptions,
             steps=self._steps,
             tokens=self._tokens,
+            ways=dict(self.runner.ways.taken),
         )
 
     def _admit(self) -> None:

@@ -1,108 +1,70 @@
 """One decode step for all running rows: policy, candidates, guides, sampling, commit.
 
-Follow a token's logits here: ``policy.run`` gives them, ``top_candidates`` takes their top,
-the guides' scorers score it, ``sample`` folds the scores in and draws, ``append`` commits.
+Follow a token's logits here: ``_open`` has the policy give them and takes their top, the guides
+score it (``_score``, or ``_leap`` where policy and guides share a pass), ``sample`` folds the
+scores in and draws, ``append`` commits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastguide.cache import CachedSequence
-from fastguide.config import FILLS, RowParameters
+from fastguide.engine.rows import Row, RowSpec
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
+from fastguide.engine.ways import Ways
 from fastguide.models.decoder import Decoder
 from fastguide.models.loading import one_line
-from fastguide.scorer import Scorer, State, TreeScorer
+from fastguide.scorer import Scorer, TreeScorer
 
 
-@dataclass(eq=False)
-class Row:
-    """One running sample: its policy sequence, its state in every guide it uses, its numbers."""
+class Opened(NamedTuple):
+    """Rows whose candidates are known, and the logits these are from."""
 
-    sequence: CachedSequence
-    parameters: RowParameters
-    weights: Mapping[str, float]
-    """Guides in use by name; empty for plain decoding."""
-    seed: int
-    states: dict[str, State] = field(default_factory=dict)
-    steps: int = 0
-    error: str | None = None
-    ready: bool = False
-    """Whether its tokens are computed in every model, all but the one that gives logits."""
+    rows: list[Row]
+    logits: Tensor
+    """``[N, V]``."""
+    candidates: Candidates
 
-    @property
-    def length(self) -> int:
-        """Tokens to compute before the first step, which runs the policy's last one itself."""
-        return len(self.sequence) - (not self._trees)
+    def select(self, index: list[int]) -> Opened:
+        """Some of the rows, in this order."""
+        if index == list(range(len(self.rows))):
+            return self
+        at = torch.tensor(index, device=self.logits.device)
+        some = Candidates(*(column.index_select(0, at) for column in self.candidates))
+        return Opened([self.rows[i] for i in index], self.logits.index_select(0, at), some)
 
-    @property
-    def computed(self) -> int:
-        """How many of these are computed in every model."""
-        done, last = len(self.sequence.slots), len(self.sequence) - 1
-        cached = [done if done < last else self.length]
-        return min(cached + [len(state.slots) for state in self._trees])
-
-    @property
-    def _trees(self) -> list[CachedSequence]:
-        return [state for state in self.states.values() if isinstance(state, CachedSequence)]
-
-    def fork(self, seed: int) -> Row:
-        """A row with the same tokens and another seed, sharing every slot."""
-        twin = Row(self.sequence.fork(), self.parameters, self.weights, seed, {}, self.steps)
-        twin.ready = self.ready
-        try:
-            twin.states = {name: state.fork() for name, state in self.states.items()}
-        except BaseException:
-            twin.close()
-            raise
-        return twin
-
-    def publish(self) -> None:
-        """Let other requests that begin with the same tokens share what is computed of them."""
-        for held in (self.sequence, *self._trees):
-            held.publish()
-
-    def close(self) -> None:
-        """Give back every slot in every model."""
-        self.sequence.close()
-        for state in self.states.values():
-            state.close()
-
-    def append(self, token: int) -> None:
-        """Continue the row in the policy and in every guide."""
-        self.sequence.append(token)
-        for state in self.states.values():
-            state.append(token)
-        self.steps += 1
-
-
-class RowSpec(NamedTuple):
-    """What a row begins with."""
-
-    tokens: Sequence[int]
-    parameters: RowParameters
-    weights: Mapping[str, float]
-    seed: int
-    steps: int = 0
-    """How many of the tokens are a response's, for messages."""
+    def joined(self, other: Opened) -> Opened:
+        """These rows, then the others."""
+        width = max(part.candidates.ids.shape[1] for part in (self, other))
+        mine, theirs = (part.candidates.widened(width) for part in (self, other))
+        both = Candidates(*(torch.cat(pair) for pair in zip(mine, theirs, strict=True)))
+        logits = torch.cat([self.logits, other.logits])
+        return Opened([*self.rows, *other.rows], logits, both)
 
 
 class ModelRunner:
     """Owns the loaded policy and guides; opens rows, prefills and steps them."""
 
-    def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer]) -> None:
+    def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer], way: str = "auto") -> None:
+        """Put guides beside a policy.
+
+        Args:
+            policy: a causal language model.
+            scorers: loaded guides by name.
+            way: how guides on the policy's weights run, one of ``ways.WAYS``.
+        """
         self.policy = policy
         self.scorers = dict(scorers)
+        self.ways = Ways(policy, self.scorers, way)
         self.seconds = {"base": 0.0, "scorer": 0.0, "rule": 0.0}
         """Time spent in each phase of all steps so far, for benchmarks."""
         self._batch: tuple[list[Row], RowBatch] | None = None
+        self._opened: Opened | None = None
 
     def open(self, prompts: Sequence[RowSpec]) -> list[Row]:
         """Start rows, sharing what the pools still have of their tokens; computes nothing.
@@ -116,7 +78,7 @@ class ModelRunner:
                 sequence = self.policy.open(tokens, keep=1)
                 rows.append(Row(sequence, parameters, weights, seed, {}, steps))
                 for name, scorer in self.scorers.items():
-                    if name in weights:
+                    if name in weights and not self.ways.stateless(name):
                         rows[-1].states[name] = scorer.open(sequence.tokens)
         except BaseException:
             for row in rows:
@@ -146,7 +108,7 @@ class ModelRunner:
         self.policy.prefill([row.sequence for row in rows], keep=1, ends=ends)
         through = [i for i, row in enumerate(rows) if ends[i] >= row.length]
         for name, scorer in self.scorers.items():
-            users = [i for i, row in enumerate(rows) if name in row.weights]
+            users = [i for i, row in enumerate(rows) if name in row.states]
             if isinstance(scorer, TreeScorer):
                 states: list[Any] = [rows[i].states[name] for i in users]
                 scorer.prefill(states, [ends[i] for i in users])
@@ -168,30 +130,66 @@ class ModelRunner:
         Returns:
             the step, and each row's composed score of its token (None if it was not scored).
         """
-        batch = self._row_batch(rows)
         started = time.perf_counter()
-        logits = self.policy.run([row.sequence for row in rows])
+        whole = self._row_batch(rows)
+        opened = self._open(rows, whole)
+        batch = whole.narrowed(opened.candidates)
+        counts = batch.count.tolist()
+        pairs = zip(rows, counts, strict=True)
+        scored = [0 if not row.weights or row.settled(n) else n for row, n in pairs]
+        leaping = self.ways.leaping(rows, counts)
         based = time.perf_counter()
-        candidates = top_candidates(logits, batch)
-        batch = batch.narrowed(candidates)
-        counts = zip(rows, batch.count.tolist(), strict=True)
-        scored = [0 if not row.weights or _settled(row, n) else n for row, n in counts]
-        ranked = time.perf_counter()
-        scores = self._score(rows, candidates, scored)
+        scores, states = self._score(opened, counts, scored, leaping)
         judged = time.perf_counter()
-        positions = torch.tensor([len(r.sequence) for r in rows], device=logits.device)
-        step = sample(logits, candidates, scores, batch, positions, scored)
+        lengths = [len(row.sequence) for row in rows]
+        positions = torch.tensor(lengths, device=opened.logits.device)
+        step = sample(opened.logits, opened.candidates, scores, batch, positions, scored)
         for i, row in enumerate(rows):
             if step.tokens[i] < 0 and row.error is None:
-                row.error = self._failure(row, candidates.lse[i], scores[:, i])
+                row.error = self._failure(row, opened.candidates.lse[i], scores[:, i])
             if row.error is None:
                 row.append(step.tokens[i])
+        self._opened = self._ahead(rows, whole, step, leaping, states)
         ended = time.perf_counter()
         self.seconds["base"] += based - started
-        self.seconds["scorer"] += judged - ranked
-        self.seconds["rule"] += (ranked - based) + (ended - judged)
+        self.seconds["scorer"] += judged - based
+        self.seconds["rule"] += ended - judged
         known = [n > 0 and source >= 0 for n, source in zip(scored, step.sources, strict=True)]
         return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
+
+    def _open(self, rows: list[Row], batch: RowBatch) -> Opened:
+        """Logits and candidates of all rows: a pass of the policy for those that have none yet."""
+        held, self._opened = self._opened, None
+        places = {id(row): j for j, row in enumerate(held.rows)} if held is not None else {}
+        fresh = [i for i, row in enumerate(rows) if id(row) not in places]
+        known = [i for i, row in enumerate(rows) if id(row) in places]
+        parts: list[Opened] = []
+        if held is not None and known:
+            parts.append(held.select([places[id(rows[i])] for i in known]))
+        if fresh:
+            logits = self.policy.run([rows[i].sequence for i in fresh])
+            some = [rows[i] for i in fresh]
+            parts.append(Opened(some, logits, top_candidates(logits, batch.select(fresh))))
+        if len(parts) == 1:
+            return parts[0]
+        order = [*known, *fresh]
+        return parts[0].joined(parts[1]).select([order.index(i) for i in range(len(rows))])
+
+    def _ahead(
+        self,
+        rows: list[Row],
+        batch: RowBatch,
+        step: Step,
+        leaping: list[int],
+        states: Mapping[int, Tensor],
+    ) -> Opened | None:
+        """The next logits of rows whose token was a candidate that the policy has read already."""
+        kept = [i for i in leaping if step.sources[i] >= 0 and rows[i].error is None]
+        if not kept:
+            return None
+        hidden = torch.stack([states[i][step.sources[i]] for i in kept])
+        logits = self.policy.logits(hidden)
+        return Opened([rows[i] for i in kept], logits, top_candidates(logits, batch.select(kept)))
 
     def _failure(self, row: Row, lse: Tensor, scores: Tensor) -> str:
         """Why a row gave no token: its log-sum-exp, or its scores ``[G, K]``, are not finite."""
@@ -221,31 +219,87 @@ class ModelRunner:
             self._batch = (list(rows), built)
         return self._batch[1]
 
-    def _score(self, rows: list[Row], candidates: Candidates, counts: list[int]) -> Tensor:
-        """Scores ``[G, N, K]`` fp32 of every guide; 0 where it was not asked.
+    def _score(
+        self, opened: Opened, counts: list[int], scored: list[int], leaping: list[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """What the guides say of the candidates.
 
         Args:
-            rows: of the step.
-            candidates: theirs.
-            counts: how many of them to score.
+            opened: the rows.
+            counts: of their candidates.
+            scored: how many of them to score.
+            leaping: rows whose candidates the policy reads now, in one pass with its guides.
+
+        Returns:
+            scores ``[G, N, K]`` fp32, 0 where none was asked; and by leaping row the policy's
+            hidden states ``[count, hidden]`` of its candidates.
         """
-        values = candidates.values
+        values, rows = opened.candidates.values, opened.rows
         scores = values.new_zeros(len(self.scorers), *values.shape, dtype=torch.float32)
-        if not any(counts):
-            return scores
-        ids = candidates.ids.tolist()
-        for (name, scorer), own in zip(self.scorers.items(), scores, strict=True):
+        if not (leaping or any(scored)):
+            return scores, {}
+        ids = opened.candidates.ids.tolist()
+        states: dict[int, Tensor] = {}
+        if leaping:
+            branches: dict[int, list[tuple[int, ...]]]
+            branches = {i: [(token,) for token in ids[i][: counts[i]]] for i in leaping}
+            for g, i, found in self._leap(rows, branches, scored, states):
+                scores[g, i, : len(found)] = found
+        for g, (name, scorer) in enumerate(self.scorers.items()):
             users = [
                 i
                 for i, row in enumerate(rows)
-                if counts[i] and name in row.weights and row.error is None
+                if scored[i] and name in row.weights and row.error is None
             ]
-            if not users:
+            if name in self.ways.inside:
+                users = [i for i in users if i not in states]
+            if users:
+                wanted = [ids[i][: scored[i]] for i in users]
+                for i, found in self._score_rows(name, scorer, rows, users, wanted):
+                    scores[g, i, : len(found)] = found
+        return scores, states
+
+    def _leap(
+        self,
+        rows: list[Row],
+        branches: Mapping[int, list[tuple[int, ...]]],
+        scored: list[int],
+        states: dict[int, Tensor],
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """One pass of the policy and of the guides on its weights over candidates of rows.
+
+        Args:
+            rows: of the step.
+            branches: by row, its candidates.
+            scored: by row, how many of them to score.
+            states: takes the policy's hidden states of the candidates.
+
+        Yields:
+            guide, row and scores ``[count]``.
+        """
+        inside = [(g, self.scorers[name], name) for g, name in enumerate(self.scorers)
+                  if name in self.ways.inside]  # fmt: skip
+        users = {
+            g: [i for i in branches if scored[i] and name in rows[i].weights]
+            for g, _, name in inside
+        }
+        sequences: list[Any] = [rows[i].sequence for i in branches]
+        ends = list(branches.values())
+        for g, _, name in inside:
+            if not self.ways.stateless(name):
+                sequences += [rows[i].states[name] for i in users[g]]
+                ends += [branches[i] for i in users[g]]
+        hidden = self.policy.run(sequences, ends, hidden=True)
+        parts = iter(hidden.split([len(own) for own in ends]))
+        states.update((i, next(parts)) for i in branches)
+        for g, scorer, name in inside:
+            if not users[g]:
                 continue
-            wanted = [ids[i][: counts[i]] for i in users]
-            for i, result in self._score_rows(name, scorer, rows, users, wanted):
-                own[i, : len(result)] = result
-        return scores
+            assert isinstance(scorer, TreeScorer)
+            stateless = self.ways.stateless(name)
+            mine = [states[i] if stateless else next(parts) for i in users[g]]
+            values = scorer.values(torch.cat(mine)).split([len(part) for part in mine])
+            yield from ((g, i, found) for i, found in zip(users[g], values, strict=True))
 
     def _score_rows(
         self, name: str, scorer: Scorer, rows: list[Row], users: list[int], wanted: list[list[int]]
@@ -266,8 +320,3 @@ class ModelRunner:
             row.error = f"guide {name!r} failed at step {row.steps}: {what}"
             return []
         return list(zip(users, results, strict=True))
-
-
-def _settled(row: Row, count: int) -> bool:
-    """Whether scores cannot matter: there is one candidate, and its score is no other token's."""
-    return count == 1 and row.parameters.mass < 1 and row.parameters.fill != FILLS.index("none")

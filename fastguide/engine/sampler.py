@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastguide import kernels
@@ -70,6 +71,16 @@ class RowBatch:
             else None,
         )
 
+    def select(self, index: list[int]) -> RowBatch:
+        """Some of the rows, in this order."""
+        if index == list(range(len(self.count))):
+            return self
+        at = torch.tensor(index, device=self.count.device)
+        columns = "count mode scale weight inv_temperature seed".split()
+        some: dict[str, Any] = {name: getattr(self, name)[at] for name in columns}
+        some["mass"] = None if self.mass is None else self.mass[at]
+        return replace(self, guide_weights=self.guide_weights[:, at], **some)
+
     def narrowed(self, candidates: Candidates) -> RowBatch:
         """The same rows with as many candidates as hold their ``mass``, at most k."""
         if self.mass is None:
@@ -94,6 +105,13 @@ class Candidates(NamedTuple):
     values: Tensor
     ids: Tensor
     lse: Tensor
+
+    def widened(self, width: int) -> Candidates:
+        """With so many columns; more than there are hold no candidate."""
+        more = (0, width - self.ids.shape[1])
+        return Candidates(
+            F.pad(self.values, more, value=float("-inf")), F.pad(self.ids, more, value=-1), self.lse
+        )
 
 
 class Step(NamedTuple):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastguide.config import RowParameters
 from fastguide.engine.caches import Caches
-from fastguide.engine.runner import Row, RowSpec
+from fastguide.engine.rows import Row, RowSpec
 from fastguide.engine.sampler import Step
 from fastguide.engine.scheduler import Order, Slots
 from fastguide.engine.text import TextStream

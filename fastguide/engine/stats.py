@@ -34,6 +34,8 @@ class EngineStats:
         preemptions: how often a sample had to give its slots back and start again, in all.
         steps: in all.
         tokens: that samples got, in all.
+        ways: steps by the way that they went: ``unguided``, ``two-phase``, ``one-pass`` or
+            ``trunk`` (see ``fastguide.engine.ways``).
     """
 
     running: int
@@ -43,6 +45,7 @@ class EngineStats:
     preemptions: int
     steps: int
     tokens: int
+    ways: dict[str, int]
 
     @property
     def prefix_hits(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastguide.config import FUDGE, Rule
+from fastguide.models.decoder import Decoder
 from fastguide.scorer import Scorer
 
 
@@ -24,6 +25,8 @@ class LoadContext:
         trust_remote_code: run code shipped with checkpoints.
         allow_pickle: also load weights that are not safetensors.
         vocabulary: how many token ids the policy can give; None is taken from the tokenizer.
+        policy: the policy itself, for guides that share its weights; None if they cannot.
+        policy_path: where it was loaded from.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -32,6 +35,8 @@ class LoadContext:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     vocabulary: int | None = None
+    policy: Decoder | None = None
+    policy_path: str | None = None
 
 
 class Guide(Protocol):

@@ -8,11 +8,12 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from fastguide.assets import resolve
+from fastguide.assets import absolute, resolve
 from fastguide.guides.base import LoadContext, check_tokenizer
 from fastguide.models.attention import NAME
 from fastguide.models.decoder import Decoder
 from fastguide.models.loading import context_length, find_tokenizer
+from fastguide.models.parts import load_parts
 from fastguide.models.support import check_config, check_model
 from fastguide.models.value import ValueModel
 from fastguide.scorer import TreeScorer
@@ -32,12 +33,17 @@ class ValueGuide:
     base: str | Path | None = None
 
     def load(self, context: LoadContext) -> TreeScorer:
-        """Load backbone and head; a LoRA is merged into the backbone's weights.
+        """Load backbone and head.
+
+        A LoRA or a head on the policy's own weights shares them, and a pass; any other LoRA is
+        merged into its backbone's weights.
 
         Raises:
             ValueError: for a missing or corrupt folder, an unsupported backbone or a tokenizer
                 that is not the policy's.
         """
+        if (shared := self._share(context)) is not None:
+            return shared
         model = ValueModel.from_pretrained(
             self.path,
             base=self.base,
@@ -64,3 +70,19 @@ class ValueGuide:
         decoder = Decoder(backbone, context_length(backbone.config))
         decoder.pack()
         return TreeScorer(decoder, model.head, model.config.kind)
+
+    def _share(self, context: LoadContext) -> TreeScorer | None:
+        """The guide on the policy's weights; None where it has others, or changes more of them."""
+        policy = context.policy
+        if policy is None:
+            return None
+        config = policy.model.config.get_text_config()
+        parts = load_parts(self.path, self.base, config.hidden_size)
+        if parts is None or absolute(Path(parts.base)) != context.policy_path:
+            return None
+        adapter = None
+        if parts.factors is not None and (adapter := policy.add_adapter(parts.factors)) is None:
+            return None
+        tokenizer = find_tokenizer(self.path, trust_remote_code=context.trust_remote_code)
+        check_tokenizer(str(self.path), tokenizer, config.vocab_size, context)
+        return TreeScorer(policy, parts.head.to(context.device), parts.config.kind, adapter)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastguide.cache import CachedSequence, KVPool
 from fastguide.kernels import TreeLayout
+from fastguide.models.adapters import AdapterBank, Factors, in_stack
 from fastguide.models.attention import AttentionPlan
 from fastguide.models.packing import PackedStack, pack_linears, stack_of
 
@@ -90,6 +92,7 @@ class Decoder:
         self.context = context
         self.device = model.device
         self._shapes: KVPool | None = None
+        self.adapters = AdapterBank(model.base_model)
         self._head: nn.Module | None = model.get_output_embeddings()
         self._stack: PackedStack | None = None
         self.weights = weights_of(model)
@@ -109,13 +112,24 @@ class Decoder:
         """Whether the layers run as one native stack."""
         return self._stack is not None
 
-    def open(self, tokens: Sequence[int], keep: int = 0) -> CachedSequence:
+    def add_adapter(self, factors: Mapping[str, Factors]) -> int | None:
+        """Let sequences go through a LoRA: its number for ``open``; None where it does not fit."""
+        if not self.adapters.fits(factors):
+            return None
+        layers = None if self._stack is None else len(self._stack)
+        if layers is not None and not in_stack(factors, layers):
+            return None
+        return self.adapters.add(factors, layers)
+
+    def open(
+        self, tokens: Sequence[int], keep: int = 0, adapter: int | None = None
+    ) -> CachedSequence:
         """A new sequence; nothing is computed until it is first run.
 
         What the pool still has of an earlier request with the same beginning is shared, all but
-        the last ``keep`` tokens.
+        the last ``keep`` tokens. With an ``adapter`` its rows go through that one.
         """
-        sequence = CachedSequence(self.pool, list(tokens))
+        sequence = CachedSequence(self.pool, list(tokens), adapter)
         sequence.reuse(keep)
         return sequence
 
@@ -130,8 +144,7 @@ class Decoder:
     def _probe(self) -> KVPool:
         """A pool that one token went through: it shows shapes and dtypes of all layers."""
         if self._shapes is None:
-            probe = Decoder(self.model)
-            probe.pool = KVPool(1)
+            probe = self.twin()
             probe.run([probe.open([0])])
             self._shapes = probe.pool
         return self._shapes
@@ -171,6 +184,7 @@ class Decoder:
         self,
         sequences: Sequence[CachedSequence],
         branches: Sequence[Sequence[Branch]] | None = None,
+        hidden: bool = False,
     ) -> Tensor:
         """One forward pass over the pending tokens of all sequences and over their branches.
 
@@ -180,10 +194,11 @@ class Decoder:
         Args:
             sequences: R sequences; without branches each needs a pending token.
             branches: per sequence, the continuations to run: tuples of one or more tokens.
+            hidden: return hidden states of a causal LM, too; see ``logits``.
 
         Returns:
             ``[n, V]`` logits or ``[n, hidden]`` hidden states at the last token of every branch,
-            in order; without branches at the last token of every sequence.
+            in order; at the last token of a sequence without branches.
         """
         self.prefill([s for s in sequences if len(s.pending) > PREFILL_CHUNK], keep=PREFILL_CHUNK)
         batch: list[_Rows] = []
@@ -195,9 +210,16 @@ class Decoder:
                 assert chain or ends, "a sequence needs a pending token or a branch to run"
                 count = len(chain) + sum(map(len, ends))
                 batch.append(_Rows(sequence, chain, ends, self.pool.take(count)))
-            result = self._forward(batch, outputs=True)
+            result = self._forward(batch, outputs=True, hidden=hidden)
         _commit(batch)
         return result
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, V]`` logits of a causal LM from hidden states ``[n, hidden]``; see ``splits``."""
+        assert self._head is not None
+        found: Tensor = self._head(hidden)
+        return found
 
     @contextlib.contextmanager
     def _owning(self, batch: list[_Rows]) -> Iterator[None]:
@@ -210,19 +232,41 @@ class Decoder:
             raise
 
     @torch.inference_mode()
-    def _forward(self, batch: list[_Rows], outputs: bool) -> Tensor:
-        tokens = [token for rows in batch for token in rows.tokens]
-        targets = np.concatenate([rows.slots for rows in batch])
-        layout, positions, starts = _layout(batch, self.device)
-        keep = [
-            int(s) + row for s, rows in zip(starts, batch, strict=False) for row in rows.outputs
-        ]
+    def _forward(self, batch: list[_Rows], outputs: bool, hidden: bool = False) -> Tensor:
+        ordered = sorted(batch, key=_adapter_of)
+        tokens = [token for rows in ordered for token in rows.tokens]
+        targets = np.concatenate([rows.slots for rows in ordered])
+        layout, positions, starts = _layout(ordered, self.device)
+        begin = {id(rows): int(start) for rows, start in zip(ordered, starts, strict=False)}
+        keep = [begin[id(rows)] + row for rows in batch for row in rows.outputs]
         keep = keep if outputs else keep[:1]
+        with self.adapters.over(self._segments(ordered)):
+            return self._pass(tokens, targets, layout, positions, keep, hidden)
+
+    def _segments(self, ordered: list[_Rows]) -> Tensor | None:
+        """Where each adapter's rows begin and end, ``[G + 1]`` int32; None if none has rows."""
+        numbers = [_adapter_of(rows) for rows in ordered]
+        if numbers[-1] < 0:
+            return None
+        sizes = np.array([len(rows.slots) for rows in ordered])
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        edges = np.searchsorted(numbers, np.arange(len(self.adapters) + 1))
+        return torch.from_numpy(ends[edges].astype(np.int32)).to(self.device)
+
+    def _pass(
+        self,
+        tokens: list[int],
+        targets: np.ndarray,
+        layout: TreeLayout,
+        positions: np.ndarray,
+        keep: list[int],
+        hidden: bool,
+    ) -> Tensor:
         index = torch.tensor(keep, device=self.device)
         ids, slots = (torch.as_tensor(n, device=self.device) for n in (tokens, targets))
         places = torch.from_numpy(positions).to(self.device)
         if self._stack is not None:
-            hidden = self._stack.run(ids, places, slots, layout, self.pool)
+            states = self._stack.run(ids, places, slots, layout, self.pool, self.adapters.of_pass())
         else:
             arguments = {
                 "input_ids": ids[None],
@@ -230,11 +274,36 @@ class Decoder:
                 "use_cache": False,
                 "plan": AttentionPlan(self.pool, slots, layout),
             }
-            if self._head is not None:
+            if self._head is not None and not hidden:
                 return self.model(**arguments, logits_to_keep=index).logits[0]
-            hidden = self.model(**arguments).last_hidden_state[0]
-        kept = hidden if len(keep) == len(tokens) else hidden.index_select(0, index)
-        return kept if self._head is None else self._head(kept)
+            backbone = self.model if self._head is None else self.model.base_model
+            states = backbone(**arguments).last_hidden_state[0]
+        every = len(keep) == len(tokens) and keep == list(range(len(keep)))
+        kept = states if every else states.index_select(0, index)
+        return kept if self._head is None or hidden else self._head(kept)
+
+    def twin(self) -> Decoder:
+        """The same model with a pool of its own, for trials; adapters left out."""
+        twin = Decoder(self.model, self.context)
+        twin.pool, twin._stack = KVPool(1), self._stack
+        return twin
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @functools.cached_property
+    def splits(self) -> bool:
+        """Whether logits are what the head gives for hidden states, with nothing done to them."""
+        probe = self.twin()
+        whole = probe.run([probe.open([0])])
+        return bool(torch.equal(probe.logits(probe.run([probe.open([0])], hidden=True)), whole))
+
+
+def _adapter_of(rows: _Rows) -> int:
+    adapter = rows.sequence.adapter
+    return -1 if adapter is None else adapter
 
 
 def weights_of(model: PreTrainedModel) -> int:

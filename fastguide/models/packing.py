@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fastguide.cache import KVPool
 from fastguide.kernels import TreeLayout
 from fastguide.kernels.packed import (
+    Adapters,
     NativeStack,
     PackedWeight,
     StackLayer,
@@ -69,16 +70,24 @@ class PackedStack:
         self._stack = NativeStack(shape, layers, _fp32(backbone.norm.weight))
         self._angles: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
+    def __len__(self) -> int:
+        return len(self._stack.layers)
+
     def run(
-        self, tokens: Tensor, positions: Tensor, targets: Tensor, layout: TreeLayout, pool: KVPool
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        layout: TreeLayout,
+        pool: KVPool,
+        adapters: Adapters | None = None,
     ) -> Tensor:
         """Hidden states ``[N, width]`` of ``[N]`` tokens, after the last norm."""
         shape = self._stack.shape
         layers = pool.layers(len(self._stack.layers), (shape.kv_heads, shape.head), shape.dtype)
         cosines, sines = self._cover(int(positions.max()) + 1)
-        return self._stack.run(
-            self._embedding(tokens), positions, targets, layout, layers, cosines, sines
-        )
+        hidden = self._embedding(tokens)
+        return self._stack.run(hidden, positions, targets, layout, layers, cosines, sines, adapters)
 
     def _cover(self, count: int) -> tuple[Tensor, Tensor]:
         """Angles of at least the first ``count`` positions, ``[positions, head]`` fp32."""

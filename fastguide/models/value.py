@@ -213,14 +213,14 @@ class ValueModel(nn.Module):
         Raises:
             ValueError: one sentence naming the file that is missing, corrupt or of wrong shape.
         """
-        folder = _local_folder(path)
+        folder = local_folder(path)
         config = GuideConfig.load(folder)
         is_lora = (folder / ADAPTER_CONFIG_FILE).is_file()
         merge = merge and is_lora
         source: str | Path = folder
         if is_lora or config.frozen:
             what = "LoRA" if is_lora else "head"
-            source = base or _find_base(path, what, config.base_model, folder)
+            source = base or find_base(path, what, config.base_model, folder)
         final = dtype or _stored_dtype(source, trust_remote_code) if merge else None
         backbone: nn.Module = load_weights(
             AutoModel,
@@ -235,7 +235,7 @@ class ValueModel(nn.Module):
         if merge:
             backbone = backbone.merge_and_unload().to(final)  # type: ignore[operator]
         head = make_head(config.head, _hidden_size(backbone))
-        _load_state(head, folder / HEAD_FILE)
+        load_state(head, folder / HEAD_FILE)
         model = cls(backbone, head, config).eval()
         return model.to(device) if device is not None else model
 
@@ -249,11 +249,11 @@ class ValueModel(nn.Module):
 
         source = Path(folder)
         if isinstance(self.backbone, PeftModel):
-            _load_state(self.backbone, source / ADAPTER_FILE)
+            load_state(self.backbone, source / ADAPTER_FILE)
         elif not self.config.frozen:
             whole = type(self.backbone).from_pretrained(source)  # type: ignore[attr-defined]
             self.backbone.load_state_dict(whole.state_dict())
-        _load_state(self.head, source / HEAD_FILE)
+        load_state(self.head, source / HEAD_FILE)
 
     def push_to_hub(
         self,
@@ -304,7 +304,7 @@ class ValueModel(nn.Module):
         return self.config.frozen or isinstance(self.backbone, PeftModel)
 
 
-def _local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path) -> Path:
     where = locate(path, CONFIG_FILE, "guide")
     if Path(where).is_dir():
         return Path(where)
@@ -316,7 +316,7 @@ def _local_folder(path: str | Path) -> Path:
         raise ValueError(f"cannot fetch the guide {where!r}: {one_line(error)}") from error
 
 
-def _find_base(path: str | Path, what: str, base_model: str, folder: Path) -> str:
+def find_base(path: str | Path, what: str, base_model: str, folder: Path) -> str:
     """The base model that a guide without weights of its own names."""
     try:
         return locate(_base_path(base_model, folder))
@@ -362,11 +362,11 @@ def _add_adapter(backbone: nn.Module, folder: Path) -> nn.Module:
         raise ValueError(f"{folder / ADAPTER_CONFIG_FILE}: {one_line(error)}") from error
     lora.base_model_name_or_path = None  # the base is given, wherever it lies
     model = _with_lora(backbone, lora)
-    _load_state(model, folder / ADAPTER_FILE)
+    load_state(model, folder / ADAPTER_FILE)
     return model
 
 
-def _load_state(module: nn.Module, file: Path) -> None:
+def load_state(module: nn.Module, file: Path) -> None:
     """Copy a safetensors file into a head or a peft model; ValueError names what is wrong."""
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 

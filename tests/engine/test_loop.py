@@ -20,7 +20,7 @@ from fastguide import (
 )
 from fastguide.cache import CachedSequence
 from fastguide.config import Rule
-from fastguide.engine.runner import Row
+from fastguide.engine.rows import Row
 
 Make = Callable[..., Engine]
 
