@@ -61,18 +61,26 @@ def _cpu_name() -> str:
 def rooflines(dtype: torch.dtype, device: str) -> dict[str, float]:
     """Read and copy bandwidth and matmul rate of this device, measured now.
 
-    Reading is a matrix-vector product over 256 MB, the access pattern of a decode step; a copy
-    counts what it reads and writes; the matmul is square.
+    Reading is a matrix-vector product over 256 MB, the access pattern of a decode step, or a sum
+    of as many bytes; a copy counts what it reads and writes; the matmul is square. On a CPU, which
+    may lack instructions for ``dtype``, fp32 is tried as well, and the faster counts.
     """
     size = 4096 if device == "cpu" else 16384
     big = torch.randn(32768, size, device=device, dtype=torch.float32).to(dtype)
     vector = torch.randn(1, size, device=device, dtype=torch.float32).to(dtype)
-    read = best(lambda: torch.nn.functional.linear(vector, big), 7, device)
+    words = big.view(torch.float32)
+    read = min(
+        best(lambda: torch.nn.functional.linear(vector, big), 7, device),
+        best(lambda: words.sum(), 7, device),
+    )
     target = torch.empty_like(big)
     copy = best(lambda: target.copy_(big), 7, device)
     square = big[:2048, :2048].contiguous() if device == "cpu" else big[:size, :size]
     rows = square.shape[0]
     matmul = best(lambda: square @ square, 7, device)
+    if device == "cpu":
+        wide = square.float()
+        matmul = min(matmul, best(lambda: wide @ wide, 7, device))
     return {
         "read_GB_per_s": round(big.nbytes / read / 1e9, 1),
         "copy_GB_per_s": round(2 * big.nbytes / copy / 1e9, 1),

@@ -81,10 +81,14 @@ def build(device: str, dtype: torch.dtype = torch.bfloat16, shape: Shape = SHAPE
 
 
 def open_rows(
-    runner: ModelRunner, rule: Rule, prompts: Sequence[Sequence[int]], temperature: float
+    runner: ModelRunner,
+    rule: Rule,
+    prompts: Sequence[Sequence[int]],
+    temperature: float,
+    weights: dict[str, float] | None = None,
 ) -> list[Row]:
-    """One running request for each prompt."""
-    weights = {"value": 1.0} if rule.guided else {}
+    """One running request for each prompt; ``weights`` are of guides, if not of ``value``."""
+    weights = (weights or {"value": 1.0}) if rule.guided else {}
     parameters = rule.lower(temperature)
     specs = [RowSpec(p, parameters, weights, seed) for seed, p in enumerate(prompts)]
     rows = runner.open(specs)

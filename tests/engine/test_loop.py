@@ -129,8 +129,14 @@ def test_slots_that_were_not_written_are_not_read(
     assert ids(run(engine)) == ids(expected)
 
 
-def test_the_story_model_and_its_guides_share_prefixes(stories: str, lora_guide: str) -> None:
-    guides = {"a": ValueGuide(lora_guide), "f": FunctionGuide(lambda text: len(text) % 7)}
+def test_the_story_model_and_its_guides_share_prefixes(
+    stories: str, lora_guide: str, full_guide: str
+) -> None:
+    guides = {
+        "a": ValueGuide(lora_guide),  # on the policy's weights, and in its cache
+        "b": ValueGuide(full_guide),
+        "f": FunctionGuide(lambda text: len(text) % 7),
+    }
     engine = Engine(stories, guides=guides, dtype="float32")
     alone = Engine(stories, guides=guides, dtype="float32", prefix_cache=False)
     sampling = SamplingParams(temperature=0.8, max_tokens=6, seed=3, n=2)
@@ -141,8 +147,8 @@ def test_the_story_model_and_its_guides_share_prefixes(stories: str, lora_guide:
         ids(alone.generate(p, VAS(2.0), sampling=sampling)) for p in prompts
     ]
     length = len(engine.tokenizer(start)["input_ids"])
-    assert engine.stats.caches["model"].reused >= 2 * (length - 1)
-    assert engine.stats.caches["guide 'a'"].reused >= 2 * length
+    assert engine.stats.caches["model"].reused >= 2 * (length - 1) + 2 * length
+    assert engine.stats.caches["guide 'b'"].reused >= 2 * length
     assert alone.stats.prefix_hits == 0
 
 
