@@ -53,11 +53,14 @@ struct Tile {
     F32 sums[Height][Width] = {};
     if constexpr (D == DType::float32) {
       for (std::int64_t i = 0; i < depth; ++i, words += kPanel) {
+        F32 w[Width];
 #pragma GCC unroll 4
-        for (int j = 0; j < Width; ++j) {
-          const F32 w = S::template load<F32>(words + j * S::lanes);
+        for (int j = 0; j < Width; ++j) w[j] = S::template load<F32>(words + j * S::lanes);
 #pragma GCC unroll 6
-          for (int h = 0; h < Height; ++h) sums[h][j] += x[h * stride + i] * w;
+        for (int h = 0; h < Height; ++h) {
+          const float a = x[h * stride + i];
+#pragma GCC unroll 4
+          for (int j = 0; j < Width; ++j) sums[h][j] += a * w[j];
         }
       }
     } else {
