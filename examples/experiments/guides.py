@@ -41,7 +41,7 @@ from fastguide.evaluate.report import frontier
 BETAS = (2.0, 4.0, 8.0)
 KLS = (1.0, 2.0, 4.0, 6.0)
 SHARES = (8, 3)
-"""Of the prompts: an eighth and a third; the whole is the frontier's guide."""
+"""Of the prompts: an eighth and a third."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 """Those of a head on a frozen trunk are tried on all responses, the others on an eighth: heads need
 many more steps, and other rates for them."""
@@ -56,12 +56,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run all stages; see ``--help``."""
-    asked = options(__doc__ or "", halves=128)
+    asked = options(__doc__ or "", prompts=2000, halves=128)
     seeds = range(asked.seeds)
     halves = asked.work / f"halves-{asked.halves}"
     sizes = {
         f"{2 * asked.prompts // share:,} responses": asked.prompts // share for share in SHARES
     }
+    whole = f"{2 * asked.prompts:,} responses, all weights"
     with stage("responses"):
         file = asked.data / "train.txt"
         parallel(
@@ -78,7 +79,7 @@ def main() -> None:
     with stage("guides"):
         jobs: list[Job] = []
         for seed in seeds:
-            jobs.append(job(asked, "vas", seed, asked.prompts))
+            jobs.append(job(asked, whole, seed, asked.prompts))
             jobs += [
                 job(
                     asked,
@@ -95,8 +96,7 @@ def main() -> None:
                 for name, model in KINDS.items()
             ]
         parallel(jobs, asked.processes)
-        whole = f"{2 * asked.prompts:,} responses, all weights"
-        names = {whole: "vas"} | {name: slug(name) for name in (*sizes, *KINDS)}
+        names = {name: slug(name) for name in (whole, *sizes, *KINDS)}
         folders = {
             name: [guide_folder(asked.work, folder, s) for s in seeds]
             for name, folder in names.items()
