@@ -3,8 +3,8 @@
     python benchmarks/bench_ways.py [--batch 1 8] [--prompt 256] [--k 20] [--save NAME]
 
 All cases share one policy (a Llama of 110 M parameters, random weights, bf16) and take turns step
-by step. The floor of a case is the time that its passes cannot do without: for each pass the larger of
-weights over read bandwidth and multiplications over matmul rate, both measured in this run.
+by step. The floor of a case is the time that its passes cannot do without: for each pass the larger
+of weights over read bandwidth and multiplications over matmul rate, both measured in this run.
 """
 
 from __future__ import annotations
