@@ -16,7 +16,7 @@ CLI = [sys.executable, "-m", "fastguide.cli"]
 def test_an_unknown_benchmark_is_one_sentence() -> None:
     done = subprocess.run([*CLI, "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: benchmark is 'speed'; allowed are engine, ops, train\n"
+    assert done.stderr == "error: benchmark is 'speed'; allowed are engine, ops, train, ways\n"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -63,15 +64,18 @@ def read_adapter(folder: Path, config_file: str, weights_file: str) -> dict[str,
     """The factors of a LoRA by the name of the module in its backbone.
 
     Returns:
-        None if the adapter is more than two factors for each of some linear layers: then it has to
-        be merged.
+        None if the adapter is more than two factors for each of some linear layers, or cannot be
+        read: then it has to be merged, or who tries to says what is wrong.
     """
-    config = json.loads((folder / config_file).read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / config_file).read_text(encoding="utf-8"))
+        state = load_file(folder / weights_file)
+    except (OSError, ValueError, SafetensorError):
+        return None
     if any(config.get(key, allowed[0]) not in allowed for key, allowed in _PLAIN.items()):
         return None
     rank = config["r"]
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    state = load_file(folder / weights_file)
     names = {key.removesuffix(_A).removesuffix(_B) for key in state}
     if set(state) != {name + end for name in names for end in (_A, _B)}:
         return None

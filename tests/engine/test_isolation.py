@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ SAMPLING = SamplingParams(temperature=0.8, max_tokens=6, seed=4)
 
 
 @pytest.fixture(scope="module")
-def engine(stories: str, lora_guide: str) -> Engine:
-    return Engine(stories, guides={"g": ValueGuide(lora_guide)}, dtype="float32")
+def engine(stories: str, full_guide: str) -> Engine:
+    return Engine(stories, guides={"g": ValueGuide(full_guide)}, dtype="float32")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -175,7 +176,8 @@ def test_a_text_without_tokens_is_refused(tmp_path: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     engine = Engine(tmp_path)
-    found = engine.generate(["w1 w2", "  ", "w59", "w3"], sampling=SAMPLING, errors="return")
+    sampling = dataclasses.replace(SAMPLING, ignore_eos=True)
+    found = engine.generate(["w1 w2", "  ", "w59", "w3"], sampling=sampling, errors="return")
     assert [c.finish_reason for c in found] == ["length", "error", "error", "length"]
     assert "prompt 1: the prompt is empty" in str(found[1].error)
     assert "token id 59; allowed are 0 to 49" in str(found[2].error)  # past the embedding

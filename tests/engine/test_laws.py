@@ -222,14 +222,14 @@ def test_every_slot_comes_back(engine: Engine) -> None:
 
 def test_memory_grows_by_k_scratch_slots_only(engine: Engine) -> None:
     """While a request runs, a guide holds its tokens and at most k scratch slots."""
-    guide = engine.runner.scorers["a"].decoder
+    guide = engine.runner.scorers["b"].decoder
     prompt = engine.tokenizer(PROMPTS[0])["input_ids"]
-    stream = engine.stream(PROMPTS[0], VAS(2.0, k=20), {"a": 1.0}, params(ignore_eos=True))
+    stream = engine.stream(PROMPTS[0], VAS(2.0, k=20), {"b": 1.0}, params(ignore_eos=True))
     held = []
     for _ in stream:
         held.append(guide.pool.slots.in_use)
     assert max(held) <= len(prompt) + 24 + 20
-    stream = engine.stream(PROMPTS[0], VAS(2.0, k=20), {"a": 1.0}, params(n=4, max_tokens=2))
+    stream = engine.stream(PROMPTS[0], VAS(2.0, k=20), {"b": 1.0}, params(n=4, max_tokens=2))
     next(stream)
     assert guide.pool.slots.in_use <= len(prompt) + 4 * (2 + 20)  # the prompt is held once
     stream.close()

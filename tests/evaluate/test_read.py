@@ -45,7 +45,11 @@ def test_prompts_may_lie_in_a_file(study: Path) -> None:
         ("seed: 3", "sead: 3", "sampling of the method 'plain' has 'sead'; allowed are"),
         ("[Once upon a time, Tom had a red ball.]", "none.txt", "cannot read prompts from"),
         ("k: 8", "k: [1, 2]", "varies beta and k; allowed is one"),
-        ("k: 8", "kk: 8", "'VAS' has 'kk'; allowed are best_of, beta, fill, guide, k"),
+        (
+            "k: 8",
+            "kk: 8",
+            "'VAS' has 'kk'; allowed are best_of, beta, candidate_mass, fill, guide, k",
+        ),
         ("k: 8", "k: 0", "k is 0; allowed are whole numbers from 1"),
         ("guide: cheerful", "guide: joy", "VAS beta=0 has guide 'joy'; the study has cheerful"),
         (
