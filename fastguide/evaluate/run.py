@@ -213,7 +213,7 @@ class Runner:
             rows,
             point.best_of,
             self.engine(point.policy).runner.policy.weights,
-            [s.decoder.weights for s in used if hasattr(s, "decoder")],
+            [s.decoder.body_weights for s in used if hasattr(s, "decoder")],
             estimates.reward_weights(self.rewards["reward"]),
         )
         return {

@@ -97,6 +97,9 @@ class Decoder:
         self._stack: PackedStack | None = None
         self.weights = weights_of(model)
         """Weights that a token is multiplied with."""
+        of_head = 0 if self._head is None else getattr(self._head, "weight", torch.empty(0)).numel()
+        self.body_weights = self.weights - of_head
+        """The same without a language model's head, which no candidate of a guide goes through."""
 
     def pack(self) -> None:
         """Lay the weights out for decoding on a CPU; elsewhere nothing happens.
