@@ -18,7 +18,7 @@ demo: $(VENV)/.installed  ## steer the packaged model with its guides, side by s
 	@$(BIN)/fastguide demo
 
 test: $(VENV)/.installed-test  ## run the whole test-suite, slow tests included
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses auto --dist worksteal
 
 # The sanitized extension comes first on the path, before the editable installation's.
 sanitize: $(VENV)/.installed-test  ## run the tests of the C++ ops with sanitizers

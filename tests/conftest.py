@@ -12,6 +12,10 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub; read when the libraries are imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as Python, read when imported
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    share = max(1, (os.cpu_count() or 1) // workers)  # of the cores, for its child processes too
+    os.environ["OMP_NUM_THREADS"] = str(share)
+    torch.set_num_threads(share)
 
 from fastguide.assets import packaged
 from fastguide.models.value import ValueModel

@@ -158,6 +158,32 @@ def read_prompts(arguments: Sequence[str], source: str | None) -> list[str]:
     return prompts
 
 
+def parse_memory(text: str | None) -> int | float | None:
+    """Bytes of ``4G``, ``512M`` or a number, or a share of the free memory; None for None.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if text is None:
+        return None
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        number = float(digits)
+    except ValueError:
+        number = 0.0
+    if unit in units and 1 <= number * units[unit] < float("inf"):
+        return int(number * units[unit])
+    if not unit and 0 < number < 1:
+        return number
+    if not unit and number.is_integer() and number >= 1:
+        return int(number)
+    raise ValueError(
+        f"--kv-memory is {text!r}; allowed are sizes such as 4G, 512M or 1000000 (bytes), and "
+        "shares of the free memory above 0 and below 1"
+    )
+
+
 def unescape(text: str) -> str:
     r"""Turn ``\n``, ``\t`` and ``\\`` into the characters they mean, as shells do not."""
     return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fastguide.cli import options
-from fastguide.cli.arguments import read_prompts
+from fastguide.cli.arguments import parse_memory, read_prompts
 from fastguide.cli.loading import chosen_dtype, load_engine
 from fastguide.prompts import as_chat
 from fastguide.rewards import Reward, load_reward
@@ -42,6 +42,7 @@ def collect(
     seed: options.CollectSeed = 0,
     shard: options.ShardPrompts = 256,
     max_rows: options.MaxRows = 64,
+    kv_memory: options.KvMemory = None,
     ray: options.Ray = False,
     workers: options.Workers = 1,
     gpus: options.Gpus = 0.0,
@@ -59,6 +60,7 @@ def collect(
     if device is not None and ray:
         raise ValueError(f"--device is {device!r}; allowed without --ray, which takes --gpus")
     texts = read_prompts(prompts or [], source)
+    memory = parse_memory(kv_memory)
     config = CollectConfig(samples, max_tokens, temperature, seed, shard)
     if ray:
         _with_ray(
@@ -71,6 +73,7 @@ def collect(
             name=name,
             dtype=dtype,
             max_rows=max_rows,
+            kv_memory=memory,
             trust_remote_code=trust_remote_code,
             workers=workers,
             gpus=gpus,
@@ -84,6 +87,7 @@ def collect(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         max_rows=max_rows,
+        kv_memory=memory,
     )
     ids = _encode(engine.tokenizer, texts, chat)
     try:
@@ -126,6 +130,7 @@ def _with_ray(
     name: str,
     dtype: str | None,
     max_rows: int,
+    kv_memory: int | float | None,
     trust_remote_code: bool,
     **each: Any,
 ) -> None:
@@ -145,6 +150,7 @@ def _with_ray(
     engine = {
         "dtype": chosen_dtype(model, dtype),
         "max_rows": max_rows,
+        "kv_memory": kv_memory,
         "trust_remote_code": trust_remote_code,
     }
     with progress(total, wanted=True, what="responses") as note:

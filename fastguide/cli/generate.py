@@ -15,6 +15,7 @@ from fastguide.cli import options
 from fastguide.cli.arguments import (
     build_rule,
     parse_guides,
+    parse_memory,
     read_prompts,
     unescape,
 )
@@ -71,6 +72,10 @@ def generate(
     best_of: options.BestOf = None,
     rewards: options.SearchRewards = None,
     seed: options.Seed = None,
+    max_rows: options.MaxRows = 64,
+    kv_memory: options.KvMemory = None,
+    way: options.Way = "auto",
+    tensor_parallel: options.TensorParallel = False,
     stream: options.Stream = False,
     as_json: options.AsJson = False,
     output: options.Output = None,
@@ -95,6 +100,7 @@ def generate(
     )
     if guide_base is not None and all(guide.path in assets.names() for guide in given):
         raise ValueError("--guide-base is given, but no guide is; allowed with --guide NAME=PATH")
+    memory = parse_memory(kv_memory)
     job = Job(
         prompts=read_prompts(prompts or [], source),
         rule=chosen,
@@ -118,6 +124,10 @@ def generate(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            max_rows=max_rows,
+            kv_memory=memory,
+            way=way,
+            tensor_parallel=tensor_parallel,
         )
         if output is not None and Path(output).is_file():
             file.truncate(0)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastguide import assets
 from fastguide.cli.arguments import GuideArgument
@@ -25,7 +25,7 @@ def load_engine(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
-    max_rows: int = 64,
+    **how: Any,
 ) -> Engine:
     """The engine of a command's options.
 
@@ -36,7 +36,7 @@ def load_engine(
         device: as in ``Engine``.
         dtype: see ``chosen_dtype``.
         trust_remote_code: as in ``Engine``.
-        max_rows: as in ``Engine``.
+        how: further arguments of ``Engine``.
 
     Raises:
         ValueError: for anything that is missing, corrupt or does not fit together.
@@ -51,7 +51,7 @@ def load_engine(
             device=device,
             dtype=chosen_dtype(model, dtype),
             trust_remote_code=trust_remote_code,
-            max_rows=max_rows,
+            **how,
         )
 
 

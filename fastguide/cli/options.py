@@ -149,7 +149,29 @@ JudgedTokens = Annotated[
 ]
 CollectSeed = Annotated[int, _option(_SAMPLING, "Another seed, another outcome.", **_SEED)]
 ShardPrompts = Annotated[int, _option(_SAMPLING, "Prompts per shard.", "--shard", **_COUNT)]
-MaxRows = Annotated[int, _option(_SAMPLING, "Responses sampled together.", **_COUNT)]
+
+_ENGINE = "Speed and memory"
+MaxRows = Annotated[int, _option(_ENGINE, "Responses sampled together.", **_COUNT)]
+KvMemory = Annotated[
+    str | None,
+    _option(
+        _ENGINE,
+        "For keys and values: 4G, 512M, bytes, or a share of free memory such as 0.5.",
+        metavar="SIZE",
+    ),
+]
+Way = Annotated[
+    str,
+    _option(
+        _ENGINE,
+        "How guides on the model's own weights run.",
+        metavar="auto|one-pass|two-phase",
+    ),
+]
+TensorParallel = Annotated[
+    bool,
+    _option(_ENGINE, "Share the model out among torchrun's processes.", "--tensor-parallel"),
+]
 
 _RAY = "Ray"
 Ray = Annotated[bool, _option(_RAY, "Sample and judge as a Ray Data pipeline.", "--ray")]

@@ -6,7 +6,7 @@ Slots are counted as vectors ``[P]`` int64, one number for each pool, in the ord
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +126,7 @@ def reserve(
     device: torch.device,
     most: int | None,
     prefixes: bool = True,
+    least: Callable[[int], int] = int,
 ) -> None:
     """Give the pools of an engine as many slots as there is memory for.
 
@@ -136,6 +137,7 @@ def reserve(
         device: where they are.
         most: slots that the most samples take at full length; None where that has no limit.
         prefixes: keep the prefixes of earlier requests.
+        least: of a number of slots here and those elsewhere, where other processes do the same.
 
     Raises:
         ValueError: memory that cannot be had, or that holds no token.
@@ -150,6 +152,7 @@ def reserve(
     slots = wanted // each
     if memory is None and most is not None:
         slots = min(slots, SPARE * most)
+    slots = least(slots)
     what = f"{each:,} bytes a token in {len(caches.names)} model(s); {_gib(free)} are free"
     if slots < 1:
         raise ValueError(f"the cache has room for no token: {_gib(wanted)} for {what}")

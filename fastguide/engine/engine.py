@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ from fastguide.engine.caches import Caches, check_memory, reserve
 from fastguide.engine.calls import decode
 from fastguide.engine.loop import Loop
 from fastguide.engine.progress import progress as progress_bar
+from fastguide.engine.ranks import LeadingLoop, Ranks, check_launch, follow
 from fastguide.engine.requests import Limits, build_request, per_prompt
 from fastguide.engine.runner import ModelRunner
 from fastguide.engine.samples import Request
@@ -64,6 +66,7 @@ class Engine:
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
         way: str = "auto",
+        tensor_parallel: bool = False,
     ) -> None:
         """Load the policy and its guides.
 
@@ -85,6 +88,10 @@ class Engine:
             prefix_cache: keep the beginnings of earlier requests, until their memory is needed.
             way: how guides on the policy's own weights run: ``one-pass`` with the policy,
                 ``two-phase`` after it, or ``auto``, whichever costs less by passes measured here.
+            tensor_parallel: share the policy's weights out among the processes that ``torchrun``
+                started, by the model's own plan in transformers. Guides on its weights are shared
+                out with it; those with others are whole in every process. Only rank 0 comes back
+                from here: the others follow it until it ends, and end with it.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
@@ -99,11 +106,14 @@ class Engine:
         check_guides(guides)
         path = assets.MODEL if model is None else model
         locate(path)
-        where = resolve_device(device)
+        if tensor_parallel:
+            check_launch(device)
+        where = None if tensor_parallel else resolve_device(device)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         trust = dict(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         try:
-            policy = load_policy(path, dtype=dtype, device=where, **trust)
+            policy = load_policy(path, dtype=dtype, device=where, parallel=tensor_parallel, **trust)
+            where = policy.device
             self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
             policy.pack()
             vocabulary = policy.model.config.get_text_config().vocab_size
@@ -122,6 +132,7 @@ class Engine:
                 f"the weights of the model and {len(guides)} guides do not fit on {where}: "
                 f"{one_line(error)}"
             ) from error
+        ranks = Ranks() if tensor_parallel else None
         self.name_or_path = assets.absolute(path)
         self.runner = ModelRunner(policy, scorers, way)
         self.limits = Limits(
@@ -133,10 +144,15 @@ class Engine:
         caches = Caches(policy, scorers, self.runner.ways)
         uses = int(caches.uses(dict.fromkeys(scorers, 1.0)).max())  # sequences of a sample
         longest = policy.context and uses * max_rows * (policy.context + MAX_CANDIDATES)
-        reserve(caches, kv_memory, where, longest, prefix_cache)
+        least = int if ranks is None else ranks.least
+        reserve(caches, kv_memory, where, longest, prefix_cache, least)
+        self.runner.ways.measure(float if ranks is None else ranks.same)
         if prefill_tokens is None:
             prefill_tokens = 512 if where.type == "cpu" else 2048
-        self.loop = Loop(
+        kind: Callable[..., Loop] = Loop
+        if ranks is not None and ranks.leads:
+            kind = functools.partial(LeadingLoop, ranks=ranks)
+        self.loop = kind(
             self.runner,
             caches,
             self.tokenizer,
@@ -144,6 +160,8 @@ class Engine:
             max_rows=max_rows,
             prefill_tokens=prefill_tokens,
         )
+        if ranks is not None and not ranks.leads:
+            follow(self.loop, ranks)
 
     @property
     def max_rows(self) -> int:
@@ -162,8 +180,7 @@ class Engine:
 
     def clear_prefixes(self) -> None:
         """Forget the beginnings of earlier requests: only what runs keeps slots."""
-        with self.loop.lock:
-            self.loop.caches.clear()
+        self.loop.forget()
 
     @property
     def guides(self) -> list[str]:

@@ -126,12 +126,17 @@ class Loop:
                 sample.finish("aborted")
             self.cancel(request)
 
+    def forget(self) -> None:
+        """Forget the prefixes of earlier requests: only what runs keeps slots."""
+        with self.lock:
+            self.caches.clear()
+
     def close(self) -> None:
         """Cancel everything, and forget all prefixes: every slot is free afterwards."""
         with self.lock:
             for request in list(self._live):
                 self.cancel(request)
-            self.caches.clear()
+            self.forget()
 
     @property
     def stats(self) -> EngineStats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -90,10 +90,18 @@ class Ways:
         self.taken["two-phase"] += 1
         return trunk
 
+    def measure(self, agree: Callable[[float], float] = float) -> None:
+        """Time the policy's passes, where there will be a choice by their cost.
+
+        Args:
+            agree: makes of seconds measured here those that all processes of an engine go by.
+        """
+        if self.way == "auto" and self.inside > self._trunk:
+            self._cost = PassCost(self._policy, agree)
+
     def _pays(self, rows: Sequence[Row], users: Sequence[int], counts: Sequence[int]) -> bool:
         """Whether one pass over all rows costs less than the policy's and then the guides'."""
-        if self._cost is None:
-            self._cost = PassCost(self._policy)
+        assert self._cost is not None, "ways are measured before they are chosen"
         of_guides = sum(counts[i] * len(self.inside & rows[i].weights.keys()) for i in users)
         of_policy = sum(counts[i] for i in users)
         others = len(rows) - len(users)
@@ -110,7 +118,7 @@ class PassCost:
     MOST = 0.2
     """Seconds: beyond a pass that takes longer, the line is drawn on."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, agree: Callable[[float], float] = float) -> None:
         probe = decoder.twin()
         sequence = probe.open([0] * 8)
         probe.prefill([sequence])
@@ -125,7 +133,7 @@ class PassCost:
                 probe.synchronize()
                 times.append(time.perf_counter() - start)
             self._rows.append(count)
-            self._seconds.append(max([min(times), *self._seconds[-1:]]))
+            self._seconds.append(max([agree(min(times)), *self._seconds[-1:]]))
             if self._seconds[-1] > self.MOST:
                 break
 

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fastguide import kernels
 from fastguide.kernels.packed import PROJECTIONS, Adapters
@@ -112,7 +114,7 @@ class AdapterBank:
             except AttributeError:
                 return False
             sizes = (getattr(linear, "in_features", 0), getattr(linear, "out_features", 0))
-            if sizes != (a.shape[1], b.shape[0]):
+            if sizes != (a.shape[1], b.shape[0]) or not _divisible(linear):
                 return False
         return True
 
@@ -172,6 +174,12 @@ class AdapterBank:
         return torch.stack(a), torch.stack(b)
 
 
+def _divisible(linear: Any) -> bool:
+    """Whether factors can be shared out as a layer is, if it is."""
+    weight = getattr(linear, "weight", None)
+    return not isinstance(weight, DTensor) or len(weight.placements) == 1
+
+
 def in_stack(factors: Mapping[str, Factors], layers: int) -> bool:
     """Whether a native stack of so many layers has a place for all of an adapter."""
     places = {f"layers.{i}.{place}" for i in range(layers) for place in _PLACES}
@@ -184,22 +192,34 @@ def _ordered() -> list[str]:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer of a model without a native stack, with the adapters of the pass."""
+    """A linear layer of a model without a native stack, with the adapters of the pass.
+
+    Where the layer is shared out among processes, so are the factors: ``b`` by the outputs that a
+    rank computes, or ``a`` by the inputs that it has, and then all ranks' products are added up.
+    """
 
     def __init__(self, linear: nn.Module, bank: AdapterBank) -> None:
         super().__init__()
         self.linear = linear
         self._bank = (bank,)  # not a module of this one
         self._factors: tuple[Tensor, Tensor] | None = None
+        weight = linear._parameters["weight"]
+        self._shared = weight if isinstance(weight, DTensor) else None
         self.in_features = int(linear.in_features)  # type: ignore[arg-type]
         self.out_features = int(linear.out_features)  # type: ignore[arg-type]
 
     def take(self, a: Tensor, b: Tensor) -> None:
         """Take over the factors of all adapters."""
-        self._factors = a, b
+        if self._shared is not None:
+            (placement,), mesh = self._shared.placements, self._shared.device_mesh
+            if placement.is_shard(0):
+                b = distribute_tensor(b, mesh, [Shard(1)], src_data_rank=None).to_local()
+            elif placement.is_shard(1):
+                a = distribute_tensor(a, mesh, [Shard(2)], src_data_rank=None).to_local()
+        self._factors = a.contiguous(), b.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``."""
+        """``[..., in_features]`` to ``[..., out_features]``, or this rank's share of them."""
         base: Tensor = self.linear(x)
         segments = self._bank[0].segments
         if segments is None or self._factors is None:
@@ -207,5 +227,9 @@ class LoraLinear(nn.Module):
         if self._factors[0].device != x.device or self._factors[0].dtype != x.dtype:
             a, b = self._factors
             self._factors = a.to(x.device, x.dtype), b.to(x.device, x.dtype)
-        rows = base.reshape(-1, self.out_features), x.reshape(-1, self.in_features)
+        rows = base.reshape(-1, base.shape[-1]), x.reshape(-1, x.shape[-1])
+        if self._shared is not None and self._shared.placements[0].is_shard(1):
+            added = kernels.lora_rows(torch.zeros_like(rows[0]), rows[1], *self._factors, segments)
+            dist.all_reduce(added, group=self._shared.device_mesh.get_group())
+            return base + added.view(base.shape)
         return kernels.lora_rows(*rows, *self._factors, segments).view(base.shape)

@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 SAMPLE = 4096
 """Numbers of each tensor that are read; a few thousand tell two trainings apart."""
@@ -17,6 +18,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        sample = weight.flatten()[:: max(1, weight.numel() // SAMPLE)]
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        sample = whole.flatten()[:: max(1, weight.numel() // SAMPLE)]
         digest.update(sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging
 
 from fastguide.assets import resolve
@@ -80,6 +82,7 @@ def load_pretrained(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    parallel: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """``auto_class.from_pretrained`` with fastguide's attention, checks and one-line errors.
@@ -91,12 +94,16 @@ def load_pretrained(
         device: None picks CUDA where there is one.
         trust_remote_code: run code shipped with the checkpoint.
         allow_pickle: also load weights that are not safetensors.
+        parallel: share the weights out among the ranks of this launch, by the model's own plan.
         kwargs: passed on.
 
     Raises:
         ValueError: for a missing, corrupt or incomplete checkpoint or an unsupported model.
     """
-    check_config(load_config(path, trust_remote_code=trust_remote_code))
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    check_config(config)
+    if parallel:
+        kwargs["distributed_config"] = _shares(config, path)
     model = load_weights(
         auto_class,
         path,
@@ -106,9 +113,30 @@ def load_pretrained(
         allow_pickle=allow_pickle,
         **kwargs,
     )
-    model = model.to(resolve_device(device)).eval().requires_grad_(False)  # type: ignore[arg-type]
+    if not parallel:  # else each part is where it belongs
+        model = model.to(resolve_device(device))  # type: ignore[arg-type]
+    model = model.eval().requires_grad_(False)
     check_model(model)
     return model
+
+
+def _shares(config: PreTrainedConfig, path: str | Path) -> DistributedConfig:
+    """How transformers shares a model out: by its tensor parallel plan.
+
+    Raises:
+        ValueError: it has none, or its heads cannot be shared out evenly.
+    """
+    text = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ValueError(f"{str(path)!r}: a {config.model_type} model has no tensor parallel plan")
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    ranks = int(os.environ["WORLD_SIZE"])
+    if heads % ranks:
+        raise ValueError(
+            f"{str(path)!r} has {heads} heads of keys and values; {ranks} ranks cannot share them "
+            "evenly"
+        )
+    return DistributedConfig(tp_plan="auto")
 
 
 def load_weights(

@@ -10,6 +10,7 @@ from fastguide.cli.arguments import (
     build_rule,
     parse_guide,
     parse_guides,
+    parse_memory,
     unescape,
 )
 
@@ -116,3 +117,26 @@ def test_stop_texts_may_hold_line_breaks():
     assert unescape(r"a\n\tb") == "a\n\tb"
     assert unescape(r"\\n") == r"\n"
     assert unescape(r"C:\d") == r"C:\d"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4G", 4 << 30),
+        ("1.5g", 3 << 29),
+        ("512M", 512 << 20),
+        ("64k", 64 << 10),
+        ("1000000", 1_000_000),
+        ("1", 1),
+        ("0.5", 0.5),
+        (None, None),
+    ],
+)
+def test_memory(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "4X", "-1", "0", "0G", "1.5", "nan", "infG", "4GB"])
+def test_what_is_no_memory(text):
+    with pytest.raises(ValueError, match=r"--kv-memory is .*allowed are sizes such as 4G"):
+        parse_memory(text)

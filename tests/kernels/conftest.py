@@ -16,6 +16,15 @@ from fastguide.kernels import native, triton, tuning
 CUDA = torch.cuda.is_available()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Work is split between threads, also where other tests run beside these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """Calls ops on one implementation, on its device, with uninitialised memory full of NaN."""
