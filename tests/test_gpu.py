@@ -46,3 +46,18 @@ def test_low_precision_runs_on_cuda(stories: str, lora_guide: str, dtype: str) -
         strict=True,
     ):
         assert low.base_logprobs[0] == pytest.approx(high.base_logprobs[0], abs=0.05)
+
+
+def test_a_guide_on_another_device_reads_while_the_policy_does(
+    stories: str, full_guide: str
+) -> None:
+    """The CPU stands for a second GPU."""
+    sampling = SamplingParams(max_tokens=24, seed=1, n=2)
+    found = []
+    for device, way in ((None, "two-phase"), ("cpu", "overlap"), ("cpu", "two-phase")):
+        guides = {"g": ValueGuide(full_guide, device=device)}
+        engine = Engine(stories, guides, dtype="float32", device="cuda", way=way)
+        outputs = engine.generate(PROMPTS, VAS(3.0), {"g": 1.0}, sampling)
+        assert engine.stats.ways[way] > 0
+        found.append([c.token_ids for c in outputs])
+    assert found[0] == found[1] == found[2]

@@ -34,9 +34,10 @@ ARROWS: dict[str, set[str]] = {
     "rewards": {"models", "lazy"},
     "search": {"engine", "rewards"},
     "blackbox": {"guides", "kernels"},
-    "train": {"models", "kernels", "engine", "guides", "rewards", "files"},
+    "train": {"ray", "models", "kernels", "engine", "guides", "rewards", "files"},
     "evaluate": {"engine", "search", "guides", "rewards", "prompts", "files"},
     "serve": {"engine", "guides"},
+    "ray": {"engine", "guides"},
     "integrations": {"engine", "guides"},
 }
 # These are at the top and may import everything.

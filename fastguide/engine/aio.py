@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
 from fastguide.config import Rule
+from fastguide.engine.calls import check_errors
 from fastguide.engine.engine import Engine
 from fastguide.engine.requests import per_prompt
 from fastguide.engine.samples import Event, Request
@@ -59,6 +60,7 @@ class AsyncEngine:
         rule: Rule | None = None,
         weights: Mapping[str, float] | None = None,
         sampling: SamplingParams | None = None,
+        index: int = 0,
     ) -> Stream:
         """Queue a prompt now; its pieces are read from what this returns, in a running event loop.
 
@@ -67,11 +69,12 @@ class AsyncEngine:
             rule: how guides steer.
             weights: of guides by name.
             sampling: how.
+            index: number of the prompt, for its completions and messages.
 
         Raises:
             RuntimeError: the engine is draining, closed or has broken down.
         """
-        stream = Stream((prompt, rule, weights, sampling), self.cancel)
+        stream = Stream((prompt, rule, weights, sampling, index), self.cancel)
         with self._wake:
             if self._closed is not None:
                 raise RuntimeError(self._closed)
@@ -109,6 +112,7 @@ class AsyncEngine:
         sampling: SamplingParams | None = None,
         *,
         errors: str = "raise",
+        index: int = 0,
     ) -> list[Completion]:
         """The completions of one prompt, in the order of its samples; arguments as in ``submit``.
 
@@ -118,14 +122,14 @@ class AsyncEngine:
             weights: see ``submit``.
             sampling: see ``submit``.
             errors: ``raise``, or ``return`` failed samples as completions.
+            index: see ``submit``.
 
         Raises:
             GenerationError: samples failed; its ``outputs`` has all of them.
             RuntimeError: decoding failed, or the engine takes no more requests.
         """
-        if errors not in ("raise", "return"):
-            raise ValueError(f"errors is {errors!r}; allowed are raise, return")
-        stream = self.submit(prompt, rule, weights, sampling)
+        check_errors(errors)
+        stream = self.submit(prompt, rule, weights, sampling, index)
         done = []
         try:
             async for piece in stream.pieces():
@@ -215,17 +219,15 @@ class AsyncEngine:
                 stream.put(RuntimeError(self._closed))
 
     def _join(self, stream: Stream) -> None:
-        prompt, rule, weights, sampling = stream.arguments
+        prompt, rule, weights, sampling, index = stream.arguments
         try:
-            request = self.engine.request(
-                prompt,
-                *per_prompt("rule", rule, 1),
-                *per_prompt("weights", weights, 1),
-                *per_prompt("sampling", sampling, 1),
-            )
+            (one_rule,) = per_prompt("rule", rule, 1)
+            (weighing,) = per_prompt("weights", weights, 1)
+            (params,) = per_prompt("sampling", sampling, 1)
+            request = self.engine.request(prompt, one_rule, weighing, params, index)
         except Exception as error:
             what = str(error) if isinstance(error, ValueError) else one_line(error)
-            stream.tell(Event(None, Completion(0, 0, finish_reason="error", error=what), None))
+            stream.tell(Event(None, Completion(index, 0, finish_reason="error", error=what), None))
             stream.put(None)
             return
         stream.request = request

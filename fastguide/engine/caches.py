@@ -50,7 +50,7 @@ class Caches:
         }
         self._of_policy = np.array([policy.pool is pool for pool in self.pools], dtype=np.int64)
         self._adapters = {n: s.adapter for n, s in scorers.items() if isinstance(s, TreeScorer)}
-        self._read_by_policy = ways.inside if ways.reads_candidates else frozenset()
+        self._read_by_policy = ways.leapers
 
     def reserve(self, slots: int, prefixes: bool) -> None:
         """Give every pool its size.
@@ -62,10 +62,12 @@ class Caches:
             if not decoder.pool.fixed:  # a guide that another engine has loaded, too
                 decoder.reserve(slots, prefixes)
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one token in all the pools together."""
-        return sum(decoder.slot_bytes() for decoder in self.decoders.values())
+    def slot_bytes(self) -> dict[torch.device, int]:
+        """Bytes of one token in the pools of each device together."""
+        total: dict[torch.device, int] = {}
+        for decoder in self.decoders.values():
+            total[decoder.device] = total.get(decoder.device, 0) + decoder.slot_bytes()
+        return total
 
     @property
     def capacity(self) -> np.ndarray:
@@ -123,18 +125,16 @@ class Caches:
 def reserve(
     caches: Caches,
     memory: int | float | None,
-    device: torch.device,
     most: int | None,
     prefixes: bool = True,
     least: Callable[[int], int] = int,
 ) -> None:
-    """Give the pools of an engine as many slots as there is memory for.
+    """Give the pools of an engine as many slots as there is memory for, the same number to each.
 
     Args:
         caches: of an engine that has loaded its models.
-        memory: bytes for all pools together, or a fraction of what is free; None is
+        memory: bytes for all pools together, or a fraction of what is free on each device; None is
             ``GPU_SHARE`` or ``CPU_SHARE`` of it, and not more than is useful.
-        device: where they are.
         most: slots that the most samples take at full length; None where that has no limit.
         prefixes: keep the prefixes of earlier requests.
         least: of a number of slots here and those elsewhere, where other processes do the same.
@@ -142,27 +142,38 @@ def reserve(
     Raises:
         ValueError: memory that cannot be had, or that holds no token.
     """
-    free = free_bytes(device)
-    if memory is None:
-        wanted = int(free * (GPU_SHARE if device.type == "cuda" else CPU_SHARE))
-        wanted = wanted if device.type == "cuda" else min(wanted, CPU_MOST)
+    each = caches.slot_bytes()
+    free = {device: free_bytes(device) for device in each}
+    if isinstance(memory, int):
+        slots = memory // sum(each.values())
     else:
-        wanted = int(memory * free) if isinstance(memory, float) else memory
-    each = caches.slot_bytes
-    slots = wanted // each
+        slots = min(_wanted(memory, free[device], device) // each[device] for device in each)
     if memory is None and most is not None:
         slots = min(slots, SPARE * most)
     slots = least(slots)
-    what = f"{each:,} bytes a token in {len(caches.names)} model(s); {_gib(free)} are free"
+    what = ", and ".join(
+        f"{size:,} bytes a token on {device}, where {_gib(free[device])} are free"
+        for device, size in each.items()
+    )
     if slots < 1:
-        raise ValueError(f"the cache has room for no token: {_gib(wanted)} for {what}")
+        raise ValueError(
+            f"the caches of {len(caches.names)} model(s) have room for no token: they take {what}"
+            + (f"; kv_memory is {memory!r}" if memory is not None else "")
+        )
     try:
         caches.reserve(slots, prefixes)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise ValueError(
-            f"no memory on {device} for a cache of {slots:,} tokens, {_gib(slots * each)}: {what}; "
-            "a smaller kv_memory may fit"
+            f"no memory for caches of {slots:,} tokens, {_gib(slots * sum(each.values()))}: they "
+            f"take {what}; a smaller kv_memory may fit"
         ) from error
+
+
+def _wanted(memory: float | None, free: int, device: torch.device) -> int:
+    """Bytes that the pools of a device may take."""
+    if memory is not None:
+        return int(memory * free)
+    return int(free * GPU_SHARE) if device.type == "cuda" else min(int(free * CPU_SHARE), CPU_MOST)
 
 
 def check_memory(memory: object) -> None:

@@ -6,11 +6,51 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 from fastguide.engine.loop import Loop
+from fastguide.engine.progress import progress as progress_bar
 from fastguide.engine.samples import Event, Request
 from fastguide.engine.text import TextStream
-from fastguide.request import Completion
+from fastguide.request import Completion, GenerationError, GenerationInterrupt
 
 T = TypeVar("T")
+
+
+def check_errors(errors: str) -> None:
+    """Refuse what ``generate`` cannot do about failed requests.
+
+    Raises:
+        ValueError: naming what is allowed.
+    """
+    if errors not in ("raise", "return"):
+        raise ValueError(f"errors is {errors!r}; allowed are raise, return")
+
+
+def gather(
+    completions: Iterator[Completion], total: int, errors: str, progress: bool | None
+) -> list[Completion]:
+    """All completions in the order of prompts and samples; see ``Engine.generate``.
+
+    Args:
+        completions: as they finish.
+        total: how many they will be.
+        errors: ``raise`` or ``return``.
+        progress: whether to show a bar; None is as ``progress`` decides.
+
+    Raises:
+        GenerationError: for ``raise``, if any failed.
+        GenerationInterrupt: with what was done.
+    """
+    done: list[Completion] = []
+    try:
+        with progress_bar(total, progress) as note:
+            for completion in completions:
+                done.append(completion)
+                note(len(done))
+    except KeyboardInterrupt as interrupt:
+        raise GenerationInterrupt(done) from interrupt
+    done.sort(key=lambda c: (c.prompt, c.sample))
+    if errors == "raise" and any(c.finish_reason == "error" for c in done):
+        raise GenerationError(done)
+    return done
 
 
 def decode(

@@ -12,9 +12,8 @@ import torch
 from fastguide import assets
 from fastguide.config import MAX_CANDIDATES, Rule
 from fastguide.engine.caches import Caches, check_memory, reserve
-from fastguide.engine.calls import decode
+from fastguide.engine.calls import check_errors, decode, gather
 from fastguide.engine.loop import Loop
-from fastguide.engine.progress import progress as progress_bar
 from fastguide.engine.ranks import LeadingLoop, Ranks, check_launch, follow
 from fastguide.engine.requests import Limits, build_request, per_prompt
 from fastguide.engine.runner import ModelRunner
@@ -34,7 +33,6 @@ from fastguide.models.locate import locate
 from fastguide.request import (
     Completion,
     GenerationError,
-    GenerationInterrupt,
     Piece,
     SamplingParams,
 )
@@ -129,8 +127,8 @@ class Engine:
             scorers = {name: guide.load(context) for name, guide in guides.items()}
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"the weights of the model and {len(guides)} guides do not fit on {where}: "
-                f"{one_line(error)}"
+                f"the weights of the model and {len(guides)} guides do not fit on "
+                f"{where or 'each rank'}: {one_line(error)}"
             ) from error
         ranks = Ranks() if tensor_parallel else None
         self.name_or_path = assets.absolute(path)
@@ -145,7 +143,7 @@ class Engine:
         uses = int(caches.uses(dict.fromkeys(scorers, 1.0)).max())  # sequences of a sample
         longest = policy.context and uses * max_rows * (policy.context + MAX_CANDIDATES)
         least = int if ranks is None else ranks.least
-        reserve(caches, kv_memory, where, longest, prefix_cache, least)
+        reserve(caches, kv_memory, longest, prefix_cache, least)
         self.runner.ways.measure(float if ranks is None else ranks.same)
         if prefill_tokens is None:
             prefill_tokens = 512 if where.type == "cpu" else 2048
@@ -214,22 +212,10 @@ class Engine:
             GenerationError: a ``ValueError`` whose ``outputs`` holds what was finished.
             GenerationInterrupt: a ``KeyboardInterrupt`` (Ctrl-C) with what was done as ``outputs``.
         """
-        if errors not in ("raise", "return"):
-            raise ValueError(f"errors is {errors!r}; allowed are raise, return")
+        check_errors(errors)
         listed = as_prompts(prompts)
-        done: list[Completion] = []
         total = sum(getattr(s, "n", 1) for s in per_prompt("sampling", sampling, len(listed)))
-        try:
-            with progress_bar(total, progress) as note:
-                for completion in self.completions(listed, rule, weights, sampling):
-                    done.append(completion)
-                    note(len(done))
-        except KeyboardInterrupt as interrupt:
-            raise GenerationInterrupt(done) from interrupt
-        done.sort(key=lambda c: (c.prompt, c.sample))
-        if errors == "raise" and any(c.finish_reason == "error" for c in done):
-            raise GenerationError(done)
-        return done
+        return gather(self.completions(listed, rule, weights, sampling), total, errors, progress)
 
     def completions(
         self,

@@ -8,7 +8,7 @@ scores in and draws, ``append`` commits.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -240,23 +240,31 @@ class ModelRunner:
             return scores, {}
         ids = opened.candidates.ids.tolist()
         states: dict[int, Tensor] = {}
+        found: list[tuple[int, int, Tensor]] = []
+
+        def ask(names: Collection[str]) -> None:
+            for g, (name, scorer) in enumerate(self.scorers.items()):
+                users = [
+                    i
+                    for i, row in enumerate(rows)
+                    if scored[i] and name in row.weights and row.error is None
+                ]
+                if name in self.ways.inside:
+                    users = [i for i in users if i not in states]
+                if users and name in names:
+                    wanted = [ids[i][: scored[i]] for i in users]
+                    given = self._score_rows(name, scorer, rows, users, wanted)
+                    found.extend((g, i, part) for i, part in given)
+
+        # Other devices are given their work first, and are waited for last.
+        ask(self.ways.beside)
         if leaping:
             branches: dict[int, list[tuple[int, ...]]]
             branches = {i: [(token,) for token in ids[i][: counts[i]]] for i in leaping}
-            for g, i, found in self._leap(rows, branches, scored, states):
-                scores[g, i, : len(found)] = found
-        for g, (name, scorer) in enumerate(self.scorers.items()):
-            users = [
-                i
-                for i, row in enumerate(rows)
-                if scored[i] and name in row.weights and row.error is None
-            ]
-            if name in self.ways.inside:
-                users = [i for i in users if i not in states]
-            if users:
-                wanted = [ids[i][: scored[i]] for i in users]
-                for i, found in self._score_rows(name, scorer, rows, users, wanted):
-                    scores[g, i, : len(found)] = found
+            found.extend(self._leap(rows, branches, scored, states))
+        ask(self.scorers.keys() - self.ways.beside.keys())
+        for g, i, part in found:
+            scores[g, i, : len(part)] = part
         return scores, states
 
     def _leap(

@@ -1,9 +1,10 @@
-"""How guides on the policy's own weights run: in one pass with the policy, or after it.
+"""When the policy reads the candidates itself: in one pass with its guides, or while they do.
 
-*Two-phase*: the policy reads the last token, then each guide reads the candidates. *One-pass*: the
-policy reads all candidates, together with the guides that are LoRAs on its weights; the next logits
-are those of the candidate that was drawn. *Trunk*: a guide that is a head on the own states of the
-policy needs no rows of its own, so it always runs in one pass.
+*Two-phase*: the policy reads the last token, then each guide reads the candidates. A row *leaps* if
+the policy reads all candidates instead: its next logits are those of the candidate that is drawn.
+That pays in three cases. *One-pass*: guides that are LoRAs on the policy's weights read them in the
+same pass. *Trunk*: a guide that is a head on the policy's own states needs no rows of its own, so
+its rows always leap. *Overlap*: guides on other devices read them at the same time.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from fastguide.engine.rows import Row
 from fastguide.models.decoder import Decoder
 from fastguide.scorer import Scorer, TreeScorer
 
-WAYS = ("auto", "one-pass", "two-phase")
+WAYS = ("auto", "one-pass", "overlap", "two-phase")
 """What ``way`` may be; ``auto`` takes what costs less, by measured passes."""
 
 
 class Ways:
-    """Which rows of a step have their candidates read by the policy and its guides in one pass."""
+    """Which rows of a step have their candidates read by the policy, too."""
 
     def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer], way: str = "auto") -> None:
-        """Look which guides are on the policy's weights.
+        """Look which guides are on the policy's weights, and which on other devices.
 
         Args:
             policy: of the engine.
@@ -38,24 +40,30 @@ class Ways:
         """
         if way not in WAYS:
             raise ValueError(f"way is {way!r}; allowed are {', '.join(WAYS)}")
-        on_policy = {
-            name: scorer.adapter
-            for name, scorer in scorers.items()
-            if isinstance(scorer, TreeScorer) and scorer.decoder is policy
-        }
-        self.inside: frozenset[str] = frozenset(on_policy)
+        trees = {name: s for name, s in scorers.items() if isinstance(s, TreeScorer)}
+        self.inside = frozenset(name for name, s in trees.items() if s.decoder is policy)
         """Guides on the policy's weights."""
-        if on_policy and way != "two-phase" and not policy.splits:
-            if way == "one-pass":
+        self._trunk = frozenset(name for name in self.inside if trees[name].adapter is None)
+        self.beside = {
+            name: s.decoder
+            for name, s in trees.items()
+            if name not in self.inside
+            and (way == "overlap" or (way == "auto" and s.decoder.device != policy.device))
+        }
+        """The models of guides that read candidates while the policy does."""
+        leapers = self.inside.union(self.beside)
+        if leapers and way != "two-phase" and not policy.splits:
+            if way != "auto":
                 raise ValueError(
-                    "way is 'one-pass', but the policy does more to its logits than its head; "
+                    f"way is {way!r}, but the policy does more to its logits than its head; "
                     "allowed are auto, two-phase"
                 )
             way = "two-phase"
         self.way = way
-        self._trunk = frozenset(n for n, adapter in on_policy.items() if adapter is None)
+        self.leapers = frozenset() if way == "two-phase" else leapers
+        """Guides whose rows may leap."""
         self._policy = policy
-        self._cost: PassCost | None = None
+        self._costs: dict[int, PassCost] = {}
         self.taken: Counter[str] = Counter()
         """Steps by the way that they went."""
 
@@ -63,52 +71,55 @@ class Ways:
         """Whether a guide is a head on the policy's own states, and so has none."""
         return name in self._trunk and self.way != "two-phase"
 
-    @property
-    def reads_candidates(self) -> bool:
-        """Whether the policy itself may read candidates."""
-        return bool(self.inside) and self.way != "two-phase"
-
     def leaping(self, rows: Sequence[Row], counts: Sequence[int]) -> list[int]:
-        """The rows that go in one pass, by index; counts the step.
+        """The rows that leap, by index; counts the step.
 
         Args:
             rows: of the step.
             counts: of their candidates.
         """
-        guided = any(row.weights for row in rows)
-        users = [i for i, row in enumerate(rows) if not self.inside.isdisjoint(row.weights)]
-        if self.way == "two-phase" or not users:
-            self.taken["two-phase" if guided else "unguided"] += 1
+        users = [i for i, row in enumerate(rows) if not self.leapers.isdisjoint(row.weights)]
+        if not users:
+            self.taken["two-phase" if any(row.weights for row in rows) else "unguided"] += 1
             return []
         trunk = [i for i in users if not self._trunk.isdisjoint(rows[i].weights)]
         if len(trunk) == len(users):
             self.taken["trunk"] += 1
             return trunk
-        if self.way == "one-pass" or self._pays(rows, users, counts):
-            self.taken["one-pass"] += 1
+        if self.way != "auto" or self._pays(rows, users, counts):
+            adapters = self.inside - self._trunk
+            shared = any(not adapters.isdisjoint(rows[i].weights) for i in users)
+            self.taken["one-pass" if shared else "overlap"] += 1
             return users
         self.taken["two-phase"] += 1
         return trunk
 
     def measure(self, agree: Callable[[float], float] = float) -> None:
-        """Time the policy's passes, where there will be a choice by their cost.
+        """Time the passes of the models, where there will be a choice by their cost.
 
         Args:
             agree: makes of seconds measured here those that all processes of an engine go by.
         """
-        if self.way == "auto" and self.inside > self._trunk:
-            self._cost = PassCost(self._policy, agree)
+        if self.way == "auto" and self.leapers > self._trunk:
+            for decoder in (self._policy, *self.beside.values()):
+                if id(decoder) not in self._costs:
+                    self._costs[id(decoder)] = PassCost(decoder, agree)
 
     def _pays(self, rows: Sequence[Row], users: Sequence[int], counts: Sequence[int]) -> bool:
-        """Whether one pass over all rows costs less than the policy's and then the guides'."""
-        assert self._cost is not None, "ways are measured before they are chosen"
-        of_guides = sum(counts[i] * len(self.inside & rows[i].weights.keys()) for i in users)
+        """Whether a step costs less if all users leap than if none does."""
+        assert self._costs, "ways are measured before they are chosen"
+        policy = self._costs[id(self._policy)]
+        adapters = self.inside - self._trunk
         of_policy = sum(counts[i] for i in users)
-        others = len(rows) - len(users)
-        after = self._cost(len(rows)) + self._cost(of_guides)
+        of_adapters = sum(counts[i] * len(adapters & rows[i].weights.keys()) for i in users)
+        elsewhere: Counter[torch.device] = Counter()
+        for name, decoder in self.beside.items():
+            of_guide = sum(counts[i] for i in users if name in rows[i].weights)
+            elsewhere[decoder.device] += self._costs[id(decoder)](of_guide)  # type: ignore[assignment]
+        beside = max(elsewhere.values(), default=0)
         # Rows that do not leap need the policy's pass in any case.
-        beside = self._cost(others) if others else 0.0
-        return self._cost(of_policy + of_guides) + beside < after
+        together = max(policy(of_policy + of_adapters), beside) + policy(len(rows) - len(users))
+        return together < policy(len(rows)) + policy(of_adapters) + beside
 
 
 class PassCost:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastguide.config import FUDGE, Rule
 from fastguide.models.decoder import Decoder
+from fastguide.models.loading import resolve_device
 from fastguide.scorer import Scorer
 
 
@@ -37,6 +38,14 @@ class LoadContext:
     vocabulary: int | None = None
     policy: Decoder | None = None
     policy_path: str | None = None
+
+    def on(self, device: str | torch.device | None) -> LoadContext:
+        """The same for a guide on another device; None is the policy's.
+
+        Raises:
+            ValueError: there is no such device.
+        """
+        return self if device is None else replace(self, device=resolve_device(device), policy=None)
 
 
 class Guide(Protocol):

@@ -26,9 +26,11 @@ class RewardGuide:
 
     Attributes:
         path: local path or hub id.
+        device: where to compute; None is where the policy is.
     """
 
     path: str | Path
+    device: str | None = None
 
     def load(self, context: LoadContext) -> TreeScorer:
         """Load the classifier.
@@ -38,6 +40,7 @@ class RewardGuide:
                 no head that judges), several labels, an encoder, or a tokenizer that is not the
                 policy's.
         """
+        context = context.on(self.device)
         model = load_pretrained(
             AutoModelForSequenceClassification,
             self.path,

@@ -27,10 +27,13 @@ class ValueGuide:
         path: local path, hub id or packaged name (``cheerful``, ``brief``).
         base: the base model of a LoRA guide (path, hub id or packaged name), if it is not where
             the guide's config says.
+        device: where to compute, with weights of its own; None is where the policy is, sharing its
+            weights if it can. On another device than the policy both compute at the same time.
     """
 
     path: str | Path
     base: str | Path | None = None
+    device: str | None = None
 
     def load(self, context: LoadContext) -> TreeScorer:
         """Load backbone and head.
@@ -42,6 +45,7 @@ class ValueGuide:
             ValueError: for a missing or corrupt folder, an unsupported backbone or a tokenizer
                 that is not the policy's.
         """
+        context = context.on(self.device)
         if (shared := self._share(context)) is not None:
             return shared
         model = ValueModel.from_pretrained(

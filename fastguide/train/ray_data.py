@@ -15,6 +15,7 @@ from typing import Any
 
 from fastguide.engine import Engine
 from fastguide.engine.text import decoder
+from fastguide.ray import connected
 from fastguide.rewards import load_reward
 from fastguide.train.collect import (
     ROLLOUTS,
@@ -38,14 +39,11 @@ SHARDS_AT_ONCE = 1024
 
 def ray_data() -> Any:
     """``ray`` with ``ray.data``, on the cluster it is connected to, else on this machine."""
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ImportError("this needs Ray: pip install 'fastguide[ray]'") from error
+    connected()
+    import ray
+    import ray.data
+
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is told by the driver
-    if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     return ray
 

@@ -21,8 +21,11 @@ GIB = 1 << 30
         (True, "kv_memory is True"),
         (1.5, "kv_memory is 1.5"),
         ("1GB", "kv_memory is '1GB'"),
-        (100, "the cache has room for no token: 0.00 GiB for 512 bytes a token in 1 model"),
-        (1 << 60, r"no memory on cpu for a cache of 2,251,799,813,685,248 tokens"),
+        (
+            100,
+            r"caches of 1 model\(s\) have room for no token: they take 512 bytes a token on cpu",
+        ),
+        (1 << 60, r"no memory for caches of 2,251,799,813,685,248 tokens, 1,073,741,824.00 GiB"),
     ],
 )
 def test_memory_that_cannot_be_had(tiny: str, memory: Any, message: str) -> None:
@@ -41,8 +44,13 @@ def test_a_part_of_the_free_memory(tiny: str) -> None:
 class Pools:
     """Stands in for the caches of models whose tokens take a MiB."""
 
-    slot_bytes = 1 << 20
     names = ("model",)
+
+    def __init__(self, *devices: str) -> None:
+        self._devices = devices
+
+    def slot_bytes(self) -> dict[torch.device, int]:
+        return {torch.device(device): 1 << 20 for device in self._devices}
 
     def reserve(self, slots: int, prefixes: bool) -> None:
         self.slots = slots
@@ -69,9 +77,20 @@ def test_sizes(
     slots: int,
 ) -> None:
     monkeypatch.setattr(caches, "free_bytes", lambda device: free)
-    pools = Pools()
-    reserve(pools, memory, torch.device(device), most)  # type: ignore[arg-type]
+    pools = Pools(device)
+    reserve(pools, memory, most)  # type: ignore[arg-type]
     assert pools.slots == slots
+
+
+def test_the_device_with_least_room_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pools have the same number of slots: a sequence has one for each token in every model."""
+    free = {"cuda:0": 10 * GIB, "cuda:1": 4 * GIB}
+    monkeypatch.setattr(caches, "free_bytes", lambda device: free[str(device)])
+    pools = Pools(*free)
+    reserve(pools, 0.5, None)  # type: ignore[arg-type]
+    assert pools.slots == 2048
+    reserve(pools, 6 * GIB, None)  # type: ignore[arg-type]
+    assert pools.slots == 3072  # bytes are those of all pools together
 
 
 def test_weights_that_do_not_fit(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,55 @@ def _engine(engine_of: Callable[..., Engine], way: str) -> Engine:
     return _engines[way]
 
 
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_the_policy_reads_while_other_guides_do(
+    stories: str, folders: dict[str, str], apart: Engine, rule: VAS | ARGS
+) -> None:
+    """As where guides are on other devices; here both are on one."""
+    guides = {name: ValueGuide(folder) for name, folder in folders.items()}
+    guides["a"] = ValueGuide(folders["a"], device="cpu")
+    engine = _overlapping(stories, tuple(guides.items()))
+    assert set(engine.runner.ways.beside) == {"a"}
+    weights = [{"a": 1.0}, {"a": 1.0, "b": -0.7, "t": 0.5}, {"a": -1.0, "t": 1.0}]
+    before = engine.stats.ways.get("overlap", 0)
+    found = engine.generate(PROMPTS, rule, weights, params(n=2))
+    assert_same(found, apart.generate(PROMPTS, rule, weights, params(n=2)))
+    alone = engine.generate(PROMPTS, rule, weights[0], params())
+    assert engine.stats.ways["overlap"] > before
+    assert_same(alone, apart.generate(PROMPTS, rule, weights[0], params()))
+    assert all(cache.in_use == 0 for cache in engine.stats.caches.values())
+
+
+@functools.lru_cache
+def _overlapping(stories: str, guides: tuple[tuple[str, ValueGuide], ...]) -> Engine:
+    return Engine(stories, dict(guides), dtype="float32", device="cpu", way="overlap")
+
+
+@pytest.mark.parametrize(
+    ("policy", "guide", "pays"),
+    [
+        (lambda rows: 1.0, lambda rows: 1.0, True),  # a step takes 1 instead of 2
+        (lambda rows: 1.0, lambda rows: 0.1, True),
+        (lambda rows: rows / 8, lambda rows: 0.1, False),  # the policy is slow with many rows
+        (lambda rows: rows / 8, lambda rows: rows, True),  # but the guide is slower still
+    ],
+)
+def test_guides_elsewhere_overlap_where_that_pays(
+    stories: str,
+    full_guide: str,
+    policy: Callable[[int], float],
+    guide: Callable[[int], float],
+    pays: bool,
+) -> None:
+    engine = Engine(stories, {"g": ValueGuide(full_guide)}, dtype="float32", device="cpu")
+    ways, other = engine.runner.ways, engine.runner.scorers["g"].decoder  # type: ignore[attr-defined]
+    ways.beside["g"] = other  # as if it were on another device
+    ways.leapers = frozenset("g")
+    ways._costs = {id(engine.runner.policy): policy, id(other): guide}  # type: ignore[dict-item]
+    engine.generate(PROMPTS[0], VAS(2.0, 20), sampling=params())
+    assert ("overlap" in engine.stats.ways) == pays
+
+
 def test_rows_of_all_kinds_in_one_batch(engine_of: Callable[..., Engine], apart: Engine) -> None:
     """Plain rows, trunk heads, LoRAs, several at once: each as it is alone."""
     prompts = [PROMPTS[i % 3] for i in range(6)]
@@ -164,7 +214,7 @@ def test_a_short_pool_preempts_one_pass_rows(
     sampling, weights = params(max_tokens=40, n=3, ignore_eos=True), {"a": 1.0}
     expected = apart.generate(PROMPTS, VAS(8.0, 12), weights, sampling)
     whole = engine_of("one-pass", "a")
-    each = sum(decoder.slot_bytes() for decoder in whole.loop.caches.decoders.values())
+    each = sum(whole.loop.caches.slot_bytes().values())
     engine = engine_of("one-pass", "a", kv_memory=330 * each)
     assert_same(engine.generate(PROMPTS, VAS(8.0, 12), weights, sampling), expected)
     assert engine.stats.preemptions > 0
@@ -245,7 +295,9 @@ def test_a_lora_on_another_base_is_merged(
 
 
 def test_an_unknown_way_is_refused(stories: str) -> None:
-    with pytest.raises(ValueError, match=r"way is 'three'; allowed are auto, one-pass, two-phase"):
+    with pytest.raises(
+        ValueError, match=r"way is 'three'; allowed are auto, one-pass, overlap, two-phase"
+    ):
         Engine(stories, way="three")
 
 
