@@ -89,7 +89,7 @@ void bind_models(py::module_& module) {
                      const std::vector<uintptr_t>& b, int64_t angles, Array<float> cosines,
                      Array<float> sines, Array<void> out, int isa, int threads) {
         const py::gil_scoped_release release;
-        stack.run(
+        return stack.run(
             {rows,
              hidden,
              positions,

@@ -1,6 +1,7 @@
 #include "stack.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 
 #include "check.hpp"
@@ -111,7 +112,7 @@ class Pass {
     up_.resize(rows * shape.inner);
   }
 
-  void run(const std::vector<Layer>& layers, const float* last_norm) {
+  Seconds run(const std::vector<Layer>& layers, const float* last_norm) {
     each_row(shape_.width, [&](std::int64_t n) {
       run_loop<WidenRow<D>>(isa_, static_cast<const void*>(at<D>(pass_.hidden, n * shape_.width)),
                             shape_.width, &hidden_[n * shape_.width]);
@@ -125,6 +126,8 @@ class Pass {
       run_loop<Narrow<D>>(isa_, static_cast<const float*>(&normed_[n * shape_.width]), shape_.width,
                           static_cast<void*>(at<D>(pass_.out, n * shape_.width)));
     });
+    lap(kRows);
+    return seconds_;
   }
 
  private:
@@ -151,6 +154,7 @@ class Pass {
                           kv_heads * head,
                           static_cast<void*>(at<D>(pass_.values[l], slot * kv_heads * head)));
     });
+    lap(kRows);
     tree_attention({D,
                     pass_.rows,
                     heads,
@@ -167,6 +171,7 @@ class Pass {
                     0.0f,
                     attended_.data()},
                    isa_, threads_);
+    lap(kAttention);
     each_row(heads * head, [&](std::int64_t n) {
       run_loop<WidenRow<D>>(isa_,
                             static_cast<const void*>(at<D>(attended_.data(), n * heads * head)),
@@ -199,7 +204,9 @@ class Pass {
       const Projection& projection = layer.projections[one.projection];
       products[count++] = {projection.weight, projection.bias, one.out, add};
     }
+    lap(kRows);
     multiply(x.data(), pass_.rows, products, count, isa_, threads_);
+    lap(kProducts);
     const Adapters& adapters = pass_.adapters;
     if (!adapters.count) return;
     for (const Wanted& one : wanted) {
@@ -211,6 +218,7 @@ class Pass {
                  adapters.segments, one.out},
                 isa_, threads_);
     }
+    lap(kLora);
   }
 
   void norm(const float* weight) {
@@ -235,6 +243,16 @@ class Pass {
     parallel_for(team, pass_.rows, [&](std::int64_t n, int) { body(n); });
   }
 
+  // What has happened since the last lap was a part of this kind.
+  void lap(int part) {
+    const Clock::time_point now = Clock::now();
+    seconds_[part] += std::chrono::duration<double>(now - since_).count();
+    since_ = now;
+  }
+
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point since_ = Clock::now();
+  Seconds seconds_{};
   const StackShape& shape_;
   const StackPass& pass_;
   const Angles& angles_;
@@ -246,7 +264,7 @@ class Pass {
 
 }  // namespace
 
-void Stack::run(const StackPass& pass, const Angles& angles, Isa isa, int threads) const {
+Seconds Stack::run(const StackPass& pass, const Angles& angles, Isa isa, int threads) const {
   for (std::int64_t n = 0; n < pass.rows; ++n) {
     if (pass.positions[n] < 0 || pass.positions[n] >= angles.count) {
       refuse("positions must be 0 to ", angles.count - 1, ", not ", pass.positions[n]);
@@ -255,10 +273,12 @@ void Stack::run(const StackPass& pass, const Angles& angles, Isa isa, int thread
       refuse("targets must be slots from 0 to ", pass.pool - 1, ", not ", pass.targets[n]);
     }
   }
-  if (!pass.rows) return;
+  Seconds seconds{};
+  if (!pass.rows) return seconds;
   with_dtype(shape_.dtype, [&](auto dtype) {
-    Pass<dtype()>(shape_, pass, angles, isa, threads).run(layers_, last_norm_);
+    seconds = Pass<dtype()>(shape_, pass, angles, isa, threads).run(layers_, last_norm_);
   });
+  return seconds;
 }
 
 }  // namespace fastguide

@@ -4,6 +4,7 @@
 // Specification: the forward pass of transformers' model, which tests compare.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -61,6 +62,10 @@ struct Angles {
   const float *cosines, *sines;
 };
 
+// Seconds that a pass spent in its parts, waiting for its slowest thread included.
+enum : int { kProducts, kLora, kAttention, kRows, kParts };
+using Seconds = std::array<double, kParts>;
+
 class Stack {
  public:
   Stack(const StackShape& shape, std::vector<Layer> layers, const float* last_norm)
@@ -68,7 +73,7 @@ class Stack {
 
   // Throws std::invalid_argument, with one sentence, where a number leads out of its array. Neither
   // the other requests' rows nor the number of threads change a row's result.
-  void run(const StackPass& pass, const Angles& angles, Isa isa, int threads) const;
+  Seconds run(const StackPass& pass, const Angles& angles, Isa isa, int threads) const;
 
  private:
   StackShape shape_;

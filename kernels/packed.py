@@ -17,6 +17,9 @@ from . import native
 from .native import DTYPES
 from .reference import TreeLayout
 
+PARTS = ("products", "lora", "attention", "rows")
+"""Of a pass; ``rows`` are norms, rotations and gates."""
+
 PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 
 
@@ -102,14 +105,12 @@ class StackShape:
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA of segments of rows: adapter g works on the rows from ``segments[g]``.
+    """The LoRAs of a stack: per layer and projection, in that order, factors of all adapters.
 
-    Per layer and projection, in that order, ``a`` ``[G, rank, inputs]`` and ``b``
-    ``[G, outputs, rank]`` fp32, scaled; None where no adapter has a part.
+    ``a`` is ``[G, rank, inputs]`` and ``b`` ``[G, outputs, rank]``, fp32 and scaled; None where no
+    adapter has a part.
     """
 
-    segments: Tensor
-    """``[G + 1]`` int32."""
     rank: int
     a: Sequence[Tensor | None]
     b: Sequence[Tensor | None]
@@ -128,6 +129,8 @@ class NativeStack:
         self.shape = shape
         self.layers = list(layers)
         self._last_norm = last_norm
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        """Time spent in each part of all passes so far, for benchmarks."""
         self._stack = native.extension().Stack(
             DTYPES[shape.dtype],
             shape.width,
@@ -151,6 +154,7 @@ class NativeStack:
         cosines: Tensor,
         sines: Tensor,
         adapters: Adapters | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """All layers over the rows of a tree.
 
@@ -162,7 +166,9 @@ class NativeStack:
             pool: of each layer keys and values, ``[slots, kv_heads, head]`` each; written.
             cosines: ``[angles, head]`` fp32, of the rotary embedding.
             sines: the same.
-            adapters: LoRA of some of the rows.
+            adapters: LoRAs of some of the rows.
+            segments: ``[G + 1]`` int32: adapter g works on the rows from ``segments[g]``; None if
+                none works on any.
 
         Returns:
             ``[N, width]`` after the last norm, in the dtype of ``hidden``.
@@ -171,8 +177,9 @@ class NativeStack:
             ValueError: a number leads out of its array.
         """
         out = torch.empty_like(hidden)
+        adapters = None if segments is None else adapters
         a, b = adapters.addresses if adapters is not None else ([], [])
-        self._stack.run(
+        seconds = self._stack.run(
             hidden.shape[0],
             hidden,
             positions,
@@ -183,9 +190,9 @@ class NativeStack:
             pool[0][0].shape[0],
             [keys.data_ptr() for keys, _ in pool],
             [values.data_ptr() for _, values in pool],
-            0 if adapters is None else adapters.segments.shape[0] - 1,
+            0 if adapters is None or segments is None else segments.shape[0] - 1,
             0 if adapters is None else adapters.rank,
-            0 if adapters is None else adapters.segments.data_ptr(),
+            address(segments),
             a,
             b,
             cosines.shape[0],
@@ -195,6 +202,8 @@ class NativeStack:
             native.isa(),
             torch.get_num_threads(),
         )
+        for part, spent in zip(PARTS, seconds, strict=True):
+            self.seconds[part] += spent
         return out
 
 

@@ -98,7 +98,8 @@ class AdapterBank:
         self._backbone = backbone
         self._adapters: list[Mapping[str, Factors]] = []
         self._wrapped: dict[str, LoraLinear] = {}
-        self._stacked: tuple[list[Tensor | None], list[Tensor | None]] = ([], [])
+        self.stacked: Adapters | None = None
+        """All of them, for a native stack."""
         self.rank = 0
         self.segments: Tensor | None = None
         """``[G + 1]`` int32 during a pass that has rows with adapters."""
@@ -131,7 +132,7 @@ class AdapterBank:
         if layers is not None:
             places = [f"layers.{i}.{place}" for i in range(layers) for place in _ordered()]
             pairs = [self._stack(name) if name in names else (None, None) for name in places]
-            self._stacked = [a for a, _ in pairs], [b for _, b in pairs]
+            self.stacked = Adapters(self.rank, [a for a, _ in pairs], [b for _, b in pairs])
         else:
             for name in names:
                 if name not in self._wrapped:
@@ -150,12 +151,6 @@ class AdapterBank:
             yield
         finally:
             self.segments = None
-
-    def of_pass(self) -> Adapters | None:
-        """The adapters of this pass for a native stack."""
-        if self.segments is None:
-            return None
-        return Adapters(self.segments, self.rank, *self._stacked)
 
     def _linear(self, name: str) -> Any:
         found = self._backbone.get_submodule(name)

@@ -115,6 +115,11 @@ class Decoder:
         """Whether the layers run as one native stack."""
         return self._stack is not None
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in each part of a native stack so far; empty where there is none."""
+        return {} if self._stack is None else self._stack.seconds
+
     def add_adapter(self, factors: Mapping[str, Factors]) -> int | None:
         """Let sequences go through a LoRA: its number for ``open``; None where it does not fit."""
         if not self.adapters.fits(factors):
@@ -268,22 +273,37 @@ class Decoder:
         index = torch.tensor(keep, device=self.device)
         ids, slots = (torch.as_tensor(n, device=self.device) for n in (tokens, targets))
         places = torch.from_numpy(positions).to(self.device)
-        if self._stack is not None:
-            states = self._stack.run(ids, places, slots, layout, self.pool, self.adapters.of_pass())
-        else:
-            arguments = {
-                "input_ids": ids[None],
-                "position_ids": places[None],
-                "use_cache": False,
-                "plan": AttentionPlan(self.pool, slots, layout),
-            }
-            if self._head is not None and not hidden:
-                return self.model(**arguments, logits_to_keep=index).logits[0]
-            backbone = self.model if self._head is None else self.model.base_model
-            states = backbone(**arguments).last_hidden_state[0]
+        if self._stack is None and self._head is not None and not hidden:
+            return self._whole(ids, places, AttentionPlan(self.pool, slots, layout), index)
+        states = self._layers(ids, places, slots, layout)
         every = len(keep) == len(tokens) and keep == list(range(len(keep)))
         kept = states if every else states.index_select(0, index)
-        return kept if self._head is None or hidden else self._head(kept)
+        return kept if self._head is None or hidden else self.logits(kept)
+
+    def _layers(self, ids: Tensor, places: Tensor, slots: Tensor, layout: TreeLayout) -> Tensor:
+        """Hidden states ``[N, hidden]`` after the last norm."""
+        if self._stack is not None:
+            lora = self.adapters.stacked, self.adapters.segments
+            return self._stack.run(ids, places, slots, layout, self.pool, *lora)
+        backbone = self.model if self._head is None else self.model.base_model
+        found = backbone(
+            input_ids=ids[None],
+            position_ids=places[None],
+            use_cache=False,
+            plan=AttentionPlan(self.pool, slots, layout),
+        )
+        return found.last_hidden_state[0]
+
+    def _whole(self, ids: Tensor, places: Tensor, plan: AttentionPlan, index: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of a causal LM, with whatever it does to them beside its head."""
+        found = self.model(
+            input_ids=ids[None],
+            position_ids=places[None],
+            use_cache=False,
+            plan=plan,
+            logits_to_keep=index,
+        )
+        return found.logits[0]
 
     def twin(self) -> Decoder:
         """The same model with a pool of its own, for trials; adapters left out."""

@@ -87,13 +87,31 @@ class PackedStack:
         layout: TreeLayout,
         pool: KVPool,
         adapters: Adapters | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states ``[N, width]`` of ``[N]`` tokens, after the last norm."""
+        """Hidden states ``[N, width]`` of ``[N]`` tokens, after the last norm; see ``NativeStack``.
+
+        Args:
+            tokens: ``[N]`` int64.
+            positions: ``[N]`` int64.
+            targets: ``[N]`` int64, slots of ``pool``.
+            layout: who sees whom.
+            pool: keys and values.
+            adapters: LoRAs on the stack.
+            segments: the rows of each.
+        """
         shape = self._stack.shape
         layers = pool.layers(len(self._stack.layers), (shape.kv_heads, shape.head), shape.dtype)
-        cosines, sines = self._cover(int(positions.max()) + 1)
         hidden = self._embedding(tokens)
-        return self._stack.run(hidden, positions, targets, layout, layers, cosines, sines, adapters)
+        angles = self._cover(int(positions.max()) + 1)
+        return self._stack.run(
+            hidden, positions, targets, layout, layers, *angles, adapters, segments
+        )
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time spent in each part of all passes so far, for benchmarks."""
+        return self._stack.seconds
 
     def _cover(self, count: int) -> tuple[Tensor, Tensor]:
         """Angles of at least the first ``count`` positions, ``[positions, head]`` fp32."""
