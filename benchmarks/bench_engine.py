@@ -2,6 +2,7 @@
 
     python benchmarks/bench_engine.py [--batch 1 8] [--prompt 256] [--k 20] [--save NAME]
         [--published-python PYTHON --args-repo FOLDER --vas-repo FOLDER] [--gpt-fast-repo FOLDER]
+    python benchmarks/bench_engine.py --profile [--batch 16]
 
 The model is a Llama of 110 M parameters with random weights (12 layers, width 768, vocabulary
 32,000, bf16), the guide another of the same shape. Guided and unguided steps alternate in one
@@ -14,13 +15,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import baselines
 import record
 import torch
+from engines import write_models
 from others import time_transformers
+from phases import profile, show_profile
 from published import Source
 from rich.console import Console
 from rich.table import Table
@@ -136,6 +141,16 @@ def show_baselines(found: dict[str, Any]) -> None:
         console.print(f"not timed: {reason}", highlight=False)
 
 
+def profile_steps(arguments: argparse.Namespace) -> None:
+    """Print where the time of a step goes, at each batch size."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_models(Path(folder))
+        for batch in arguments.batch:
+            print(f"batch {batch}")
+            sizes = {"batch": batch, "prompt": arguments.prompt, "new_tokens": arguments.steps}
+            show_profile(profile(Path(folder), arguments.device, **sizes))
+
+
 def main() -> None:
     """Run the benchmark and, with --save, keep its record."""
     arguments = read_arguments()
@@ -150,6 +165,9 @@ def main() -> None:
         source,
         arguments.gpt_fast_repo,
     )
+    if arguments.profile:
+        profile_steps(arguments)
+        return
     check(arguments.device)
     if arguments.baselines:
         baselines.check(arguments.device, source)
@@ -179,6 +197,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--profile", action="store_true", help="only say where a step's time goes")
     group = parser.add_argument_group("baselines, at batch 1")
     group.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--new-tokens", type=int, default=64, help="of each response")

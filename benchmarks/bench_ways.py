@@ -10,16 +10,18 @@ of weights over read bandwidth and multiplications over matmul rate, both measur
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import record
 import torch
+from energy import joules
 from rich.console import Console
 from rich.table import Table
 from shapes import GUIDE_SEED, SHAPE, Shape, open_rows, prompt_tokens, random_head, random_llama
+from turns import ratio, take_turns
 
 from fastguide import VAS, Plain, TreeScorer
 from fastguide.engine.runner import ModelRunner
@@ -42,8 +44,8 @@ class Case(NamedTuple):
 
     runner: ModelRunner
     guided: bool
-    passes: Sequence[tuple[int, int]]
-    """Weights, and rows of a request."""
+    passes: Sequence[tuple[int, int, int]]
+    """Weights, and rows of a request: so many, and so many for each candidate."""
 
 
 def lora(decoder: Decoder, seed: int) -> int:
@@ -63,7 +65,7 @@ def lora(decoder: Decoder, seed: int) -> int:
     return number
 
 
-def build_cases(device: str, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Case]:
+def build_cases(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Case]:
     """All cases around one policy."""
     policy, equal, small = (
         Decoder(model)
@@ -84,56 +86,74 @@ def build_cases(device: str, k: int, dtype: torch.dtype = torch.bfloat16) -> dic
         return ModelRunner(policy, scorers, way)
 
     head_weights = SHAPE["vocab_size"] * SHAPE["hidden_size"]
-    body, last = policy.weights - head_weights, (head_weights, 1)
+    body, last = policy.weights - head_weights, (head_weights, 1, 0)
     return {
-        "unguided": Case(runner("auto"), False, [(body, 1), last]),
+        "unguided": Case(runner("auto"), False, [(body, 1, 0), last]),
         "two-phase, equal guide": Case(
-            runner("auto", value=TreeScorer(equal, head)), True, [(body, 1), last, (body, k)]
+            runner("auto", value=TreeScorer(equal, head)), True, [(body, 1, 0), last, (body, 0, 1)]
         ),
         "two-phase, smaller guide": Case(
             runner("auto", value=TreeScorer(small, small_head)),
             True,
-            [(body, 1), last, (small.weights, k)],
+            [(body, 1, 0), last, (small.weights, 0, 1)],
         ),
         "two-phase, LoRA": Case(
-            runner("two-phase", value=on_policy[0]), True, [(body, 1), last, (body, k)]
+            runner("two-phase", value=on_policy[0]), True, [(body, 1, 0), last, (body, 0, 1)]
         ),
-        "one-pass, LoRA": Case(runner("one-pass", value=on_policy[0]), True, [(body, 2 * k), last]),
-        "one-pass, three LoRAs": Case(runner("one-pass", **three), True, [(body, 4 * k), last]),
-        "trunk": Case(runner("auto", value=TreeScorer(policy, head)), True, [(body, k), last]),
+        "one-pass, LoRA": Case(runner("one-pass", value=on_policy[0]), True, [(body, 0, 2), last]),
+        "one-pass, three LoRAs": Case(runner("one-pass", **three), True, [(body, 0, 4), last]),
+        "trunk": Case(runner("auto", value=TreeScorer(policy, head)), True, [(body, 0, 1), last]),
     }
 
 
+def build_guide(
+    policy: Decoder, shape: Shape, device: str, dtype: torch.dtype = torch.bfloat16
+) -> tuple[int, Case]:
+    """A guide of another shape beside a policy: its parameters, and the case."""
+    model = random_llama(device, NAME, dtype, shape, seed=GUIDE_SEED).model
+    parameters = sum(p.numel() for p in model.parameters())
+    decoder = Decoder(model)
+    decoder.pack()
+    head_weights = SHAPE["vocab_size"] * SHAPE["hidden_size"]
+    body = policy.weights - head_weights
+    passes = [(body, 1, 0), (head_weights, 1, 0), (decoder.weights, 0, 1)]
+    scorer = TreeScorer(decoder, random_head(device, dtype, shape))
+    return parameters, Case(ModelRunner(policy, {"value": scorer}), True, passes)
+
+
 def measure(
-    cases: dict[str, Case], arguments: argparse.Namespace, batch: int, roof: dict[str, float]
-) -> dict[str, Any]:
+    cases: Mapping[str, Case],
+    asked: argparse.Namespace,
+    roof: dict[str, float],
+    *,
+    batch: int = 1,
+    k: int | None = None,
+    prompt: int | None = None,
+) -> dict[str, dict[str, Any]]:
     """Steps of all cases in turns: medians, ratios to the unguided step beside them, floors."""
-    prompts = [prompt_tokens(b, arguments.prompt) for b in range(batch)]
-    rows = {}
+    k, prompt = k or asked.k, prompt or asked.prompt
+    prompts = [prompt_tokens(b, prompt) for b in range(batch)]
+    rows, steps = {}, {}
     for name, case in cases.items():
-        rule = VAS(beta=BETA, k=arguments.k) if case.guided else Plain()
+        rule = VAS(beta=BETA, k=k) if case.guided else Plain()
         weights = dict.fromkeys(case.runner.scorers, 1.0) if case.guided else None
         rows[name] = open_rows(case.runner, rule, prompts, 0.7, weights)
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for i in range(arguments.steps + 4):
-        for name, case in cases.items():
-            start = time.perf_counter()
-            case.runner.step(rows[name])
-            if i >= 4:  # the first steps warm up
-                times[name].append(time.perf_counter() - start)
+        steps[name] = functools.partial(case.runner.step, rows[name])
+    times = take_turns(steps, asked.steps, asked.device)
+    spent = {name: joules(step, asked.steps, asked.device) for name, step in steps.items()}
     for opened in rows.values():
         for row in opened:
             row.close()
-    found: dict[str, Any] = {"batch": batch, "cases": {}}
+    found = {}
     for name, case in cases.items():
-        seconds = times[name]
-        ratios = [a / b for a, b in zip(seconds, times["unguided"], strict=True)]
-        bound = sum(floor(w, batch * n, roof) for w, n in case.passes)
-        found["cases"][name] = record.spread(seconds) | {
-            "over_unguided": round(statistics.median(ratios), 2),
+        median = statistics.median(times[name])
+        bound = sum(floor(w, batch * (n + k * each), roof) for w, n, each in case.passes)
+        found[name] = record.spread(times[name]) | {
+            "over_unguided": round(ratio(times, name, "unguided"), 2),
             "floor_ms": round(1e3 * bound, 2),
-            "of_floor": round(bound / statistics.median(seconds), 2),
-            "tokens_per_s": round(batch / statistics.median(seconds), 1),
+            "of_floor": round(bound / median, 2),
+            "tokens_per_s": round(batch / median, 1),
+            "joules": spent[name],
         }
     return found
 
@@ -155,9 +175,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
-    cases = build_cases(arguments.device, arguments.k)
+    cases = build_cases(arguments.device)
     roof = record.rooflines(torch.bfloat16, arguments.device)
-    results = [measure(cases, arguments, batch, roof) for batch in arguments.batch]
+    results = [
+        {"batch": batch, "cases": measure(cases, arguments, roof, batch=batch)}
+        for batch in arguments.batch
+    ]
     table = Table("batch", "case", "ms/step (p20-p80)", "/ unguided", "of its floor")
     for result in results:
         for name, r in result["cases"].items():

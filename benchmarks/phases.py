@@ -7,18 +7,22 @@ import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from engines import load
+from rich.console import Console
+from rich.table import Table
+from shapes import prompt_tokens
 
+from fastguide import VAS, Plain, SamplingParams
 from fastguide.cache import CachedSequence
 from fastguide.engine import Engine, loop, runner, samples
 from fastguide.models import decoder
 from fastguide.models.decoder import Decoder
 from fastguide.scorer import TreeScorer
 
-MODEL = ("policy: layers", "policy: head", "guides: layers", "guides: heads")
-OPS = ("ops: candidates", "ops: combine, sample")
 HOST = (
     "host: queues",
     "host: rows, branches, scores",
@@ -27,6 +31,9 @@ HOST = (
     "host: texts, completions",
 )
 """All that is neither a model nor an op."""
+
+NAMED = 0.02
+"""Smaller shares are not printed."""
 
 
 class Phases:
@@ -39,9 +46,7 @@ class Phases:
     def __init__(self, engine: Engine) -> None:
         self.seconds: Counter[str] = Counter()
         self._policy = engine.runner.policy
-        self._decoders = list(
-            {id(d): d for d in engine.loop.caches.decoders.values()}.values()
-        )
+        self._decoders = list({id(d): d for d in engine.loop.caches.decoders.values()}.values())
         self._stack: list[str] = []
         self._since = 0.0
         self._device = engine.runner.policy.device
@@ -115,3 +120,45 @@ def shares(seconds: Counter[str]) -> dict[str, float]:
     total = sum(seconds.values())
     found = {name: round(s / total, 4) for name, s in seconds.most_common()}
     return found | {"host altogether": round(sum(seconds[name] for name in HOST) / total, 4)}
+
+
+def profile(
+    folder: Path, device: str, *, batch: int, prompt: int, new_tokens: int
+) -> dict[str, dict[str, float]]:
+    """The share of each phase of a step, unguided and by the way a guide runs.
+
+    Args:
+        folder: of ``engines.write_models``.
+        device: where.
+        batch: requests at once.
+        prompt: tokens of each; they are in the prefix cache, so that steps decode.
+        new_tokens: of each.
+    """
+    found = {}
+    sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True, seed=1)
+    prompts = [prompt_tokens(i, prompt) for i in range(batch)]
+    for name, guide, way in (
+        ("unguided", "equal", "auto"),
+        ("two-phase", "equal", "auto"),
+        ("one-pass", "lora", "one-pass"),
+        ("trunk", "trunk", "auto"),
+    ):
+        engine = load(folder, device, guide, way=way)
+        rule = Plain() if name == "unguided" else VAS(beta=4.0, k=20)
+        weights = {guide: 1.0} if rule.guided else None
+        engine.generate(prompts, rule, weights, sampling, progress=False)
+        phases = Phases(engine)
+        with phases.active():
+            engine.generate(prompts, rule, weights, sampling, progress=False)
+        found[name] = shares(phases.seconds)
+    return found
+
+
+def show_profile(found: dict[str, dict[str, float]]) -> None:
+    """Print every phase above ``NAMED`` of a step, and the host altogether."""
+    names = list(dict.fromkeys(name for phases in found.values() for name in phases))
+    table = Table("phase", *found, title="share of a step")
+    for name in names:
+        if max(phases.get(name, 0.0) for phases in found.values()) >= NAMED:
+            table.add_row(name, *(f"{phases.get(name, 0.0):.1%}" for phases in found.values()))
+    Console().print(table)

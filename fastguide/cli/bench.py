@@ -16,7 +16,11 @@ def bench(
     context: typer.Context,
     what: Annotated[
         str | None,
-        typer.Argument(help="ops: each kernel; engine: decode steps; train: training steps."),
+        typer.Argument(
+            help="ops: each kernel; engine: decode steps beside those of others; ways: by the "
+            "way that guides run; sweeps: over requests, candidates, prefixes and guides; serving: "
+            "many requests; train: training steps; suite: all of them."
+        ),
     ] = None,
 ) -> None:
     """Time fastguide beside what anyone would use instead.
