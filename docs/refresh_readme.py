@@ -21,14 +21,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from speed_tables import SPEED_TABLES
+
 from fastguide.evaluate import difference_table
 from fastguide.evaluate.report import at_equal_kl, table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-KERNELS = ROOT / "docs/kernels.md"
 QUALITY = ROOT / "docs/results/stories.json"
-SPEED = ROOT / "benchmarks/results"
 EXPERIMENTS = ROOT / "docs/results"
 
 
@@ -75,95 +75,6 @@ def quality() -> str:
                 f"| {name} | {beta} | {_mean(reward, '+.2f')} | {_mean(tokens, '.0f')} "
                 f"| {_mean(kl, '.1f')} |"
             )
-    return "\n".join(lines)
-
-
-def records(benchmark: str) -> list[dict[str, Any]]:
-    """What was recorded of a benchmark, on all devices."""
-    every = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(SPEED.glob("*.json"))]
-    return [record for record in every if record.get("benchmark") == benchmark]
-
-
-def speed() -> str:
-    """Guided against unguided steps, from the engine benchmark's records."""
-    lines = [
-        "| device | batch | unguided, ms | guided, ms | guided / unguided |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for record in records("engine"):
-        device = record["environment"]["device"]
-        lines += [
-            f"| {device} | {r['batch']} | {r['unguided']['ms']:.1f} | {r['guided']['ms']:.1f} "
-            f"| {r['guided_over_unguided']:.2f} |"
-            for r in record["results"]
-        ]
-    return "\n".join(lines)
-
-
-def baselines() -> str:
-    """The same work done by others, from those records of the engine's benchmark that have it."""
-    lines = []
-    for record in records("engine"):
-        if "baselines" not in record:
-            continue
-        environment, found = record["environment"], record["baselines"]
-        versions = ", ".join(f"{name} {version}" for name, version in found["published"].items())
-        lines += [
-            f"{environment['device']}, {environment['threads']} threads, torch "
-            f"{environment['torch']}, transformers {environment['transformers']}, prompt of "
-            f"{found['prompt']} tokens, {found['rounds']} times {found['new_tokens']} new ones"
-            f"{f'; published: {versions}' if versions else ''}.",
-            "",
-            "| row | ms per token (p20 to p80) | tokens/s | / fastguide |",
-            "| --- | ---: | ---: | ---: |",
-        ]
-        lines += [
-            f"| {name} | {r['ms']:.1f} ({r['p20_ms']:.1f} to {r['p80_ms']:.1f}) "
-            f"| {r['tokens_per_s']:.1f} | {r['over_fastguide']:.2f} |"
-            for name, r in found["rows"].items()
-        ]
-        lines.append("")
-    return "\n".join(lines).rstrip() or "No record has them yet."
-
-
-def ops() -> str:
-    """Every op beside its fastest rival, from the op benchmark's records."""
-    lines = []
-    for record in records("ops"):
-        environment = record["environment"]
-        lines += [
-            f"{environment['device']}, {environment['threads']} threads, torch "
-            f"{environment['torch']}, medians; reading memory reaches "
-            f"{record['rooflines']['read_GB_per_s']:.0f} GB/s.",
-            "",
-            "| op | case | ms | fastest other | ms | speed-up | lower bound |",
-            "| --- | --- | ---: | --- | ---: | ---: | --- |",
-        ]
-        for r in record["results"]:
-            other = r.get("fastest_other", "")
-            floors = ", ".join(f"{x:.2f} × {name}" for name, x in r.get("over_floor", {}).items())
-            lines.append(
-                f"| {r['op']} | {r['shape']} | {r['runs']['fastguide']['ms']:.4g} | {other} "
-                f"| {r['runs'][other]['ms']:.4g} | {r['speedup']:.2f} | {floors} |"
-            )
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def training() -> str:
-    """Training steps beside a plain trainer's, from the training benchmark's records."""
-    lines = [
-        "| device | case | fastguide, ms | / language model | / token classifier |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
-    for record in records("train"):
-        device = record["environment"]["device"]
-        for r in record["results"]:
-            ratios = [
-                r[f"over {other}"]["median"] for other in ("language model", "token classifier")
-            ]
-            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios)
-            lines.append(f"| {device} | {r['case']} | {r['fastguide']['ms']:.0f} | {cells} |")
     return "\n".join(lines)
 
 
@@ -268,15 +179,11 @@ def _mean(estimate: dict[str, float], form: str) -> str:
     return f"{value:{form}} ± {estimate['ci95']:{form.lstrip('+')}}"
 
 
-TRAIN = ROOT / "docs/train.md"
 KLS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0)
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "quality": (README, quality),
     "reward": (README, functools.partial(equal_reward, (16, 64, 128))),
-    "speed": (README, speed),
-    "baselines": (ROOT / "docs/baselines.md", baselines),
-    "ops": (KERNELS, ops),
-    "training": (TRAIN, training),
+    **{name: (ROOT / page, make) for name, (page, make) in SPEED_TABLES.items()},
 }
 BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     "frontier": {
