@@ -30,6 +30,7 @@ from fastguide.models.loading import (
     resolve_device,
 )
 from fastguide.models.locate import locate
+from fastguide.models.quantization import check_scheme, shrink
 from fastguide.request import (
     Completion,
     GenerationError,
@@ -65,6 +66,7 @@ class Engine:
         prefix_cache: bool = True,
         way: str = "auto",
         tensor_parallel: bool = False,
+        quantize: str | None = None,
     ) -> None:
         """Load the policy and its guides.
 
@@ -90,6 +92,9 @@ class Engine:
                 started, by the model's own plan in transformers. Guides on its weights are shared
                 out with it; those with others are whole in every process. Only rank 0 comes back
                 from here: the others follow it until it ends, and end with it.
+            quantize: the policy's linear layers, through torchao: ``int8``, ``fp8`` or ``int4``
+                weights (the last needs bf16 on a GPU); guides say so themselves. Records then name
+                it with the policy. None leaves the weights as they are.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
@@ -104,8 +109,13 @@ class Engine:
         check_guides(guides)
         path = assets.MODEL if model is None else model
         locate(path)
+        check_scheme(quantize)
         if tensor_parallel:
             check_launch(device)
+            if quantize is not None:
+                raise ValueError(
+                    f"quantize is {quantize!r} and tensor_parallel is True; allowed is one of them"
+                )
         where = None if tensor_parallel else resolve_device(device)
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         trust = dict(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
@@ -113,6 +123,9 @@ class Engine:
             policy = load_policy(path, dtype=dtype, device=where, parallel=tensor_parallel, **trust)
             where = policy.device
             self.policy = f"{Path(path).name}@{fingerprint(policy.model)}"
+            if quantize is not None:
+                shrink(policy.model, quantize)
+                self.policy += f"+{quantize}"
             policy.pack()
             vocabulary = policy.model.config.get_text_config().vocab_size
             context = LoadContext(

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from fastguide.guides.base import LoadContext, check_tokenizer
 from fastguide.models.decoder import Decoder
 from fastguide.models.loading import context_length, find_tokenizer, load_pretrained
+from fastguide.models.quantization import check_scheme, shrink
 from fastguide.scorer import TreeScorer
 
 
@@ -27,10 +28,12 @@ class RewardGuide:
     Attributes:
         path: local path or hub id.
         device: where to compute; None is where the policy is.
+        quantize: ``int8``, ``fp8`` or ``int4`` weights, as ``Engine``.
     """
 
     path: str | Path
     device: str | None = None
+    quantize: str | None = None
 
     def load(self, context: LoadContext) -> TreeScorer:
         """Load the classifier.
@@ -40,6 +43,7 @@ class RewardGuide:
                 no head that judges), several labels, an encoder, or a tokenizer that is not the
                 policy's.
         """
+        check_scheme(self.quantize)
         context = context.on(self.device)
         model = load_pretrained(
             AutoModelForSequenceClassification,
@@ -72,6 +76,7 @@ class RewardGuide:
             return F.linear(hidden.float(), weight, bias)
 
         backbone = cast(PreTrainedModel, model.base_model)
+        shrink(backbone, self.quantize)
         decoder = Decoder(backbone, context_length(model.config))
         decoder.pack()
         return TreeScorer(decoder, score)

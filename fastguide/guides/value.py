@@ -14,6 +14,7 @@ from fastguide.models.attention import NAME
 from fastguide.models.decoder import Decoder
 from fastguide.models.loading import context_length, find_tokenizer
 from fastguide.models.parts import load_parts
+from fastguide.models.quantization import check_scheme, shrink
 from fastguide.models.support import check_config, check_model
 from fastguide.models.value import ValueModel
 from fastguide.scorer import TreeScorer
@@ -29,11 +30,13 @@ class ValueGuide:
             the guide's config says.
         device: where to compute, with weights of its own; None is where the policy is, sharing its
             weights if it can. On another device than the policy both compute at the same time.
+        quantize: ``int8``, ``fp8`` or ``int4`` weights, as ``Engine``; then it shares none.
     """
 
     path: str | Path
     base: str | Path | None = None
     device: str | None = None
+    quantize: str | None = None
 
     def load(self, context: LoadContext) -> TreeScorer:
         """Load backbone and head.
@@ -45,7 +48,9 @@ class ValueGuide:
             ValueError: for a missing or corrupt folder, an unsupported backbone or a tokenizer
                 that is not the policy's.
         """
-        context = context.on(self.device)
+        check_scheme(self.quantize)
+        alone = context.device if self.quantize else None
+        context = context.on(self.device or alone)
         if (shared := self._share(context)) is not None:
             return shared
         model = ValueModel.from_pretrained(
@@ -71,6 +76,7 @@ class ValueGuide:
         check_tokenizer(
             str(self.path), tokenizer, backbone.config.get_text_config().vocab_size, context
         )
+        shrink(backbone, self.quantize)
         decoder = Decoder(backbone, context_length(backbone.config))
         decoder.pack()
         return TreeScorer(decoder, model.head, model.config.kind)

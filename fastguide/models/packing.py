@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fastguide.cache import KVPool
@@ -42,11 +41,11 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> None:
     """Replace all linear layers of a model by packed ones; theirs are freed as it goes.
 
-    Those that are shared out among processes stay.
+    Those that are quantized or shared out among processes stay.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or isinstance(child.weight, DTensor):
+            if type(child) is not nn.Linear or type(child.weight.data) is not Tensor:
                 continue
             if available(child.weight.dtype, child.weight.device):
                 setattr(parent, name, PackedLinear(child))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastguide import VAS, Engine, SamplingParams, ValueGuide
 from fastguide.models import quantization
 from fastguide.models.value import ValueModel
 from fastguide.train.episodes import Episode
@@ -80,3 +81,37 @@ def test_what_cannot_be_quantized_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         quantization.quantization("int4")
     with pytest.raises(ValueError, match="a quantized backbone cannot train"):
         ValueModel.create("stories", lora_rank=None, quantization=object())
+
+
+@pytest.mark.parametrize(("scheme", "worst"), [("int8", 0.1), ("fp8", 0.4)])
+@pytest.mark.parametrize("way", ["one-pass", "two-phase"])
+def test_engines_of_quantized_models_stay_close(
+    lora_guide: str, full_guide: str, scheme: str, worst: float, way: str
+) -> None:
+    """Policy, a LoRA on it, and a guide with weights of its own."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    sampling = SamplingParams(temperature=0.0, max_tokens=1)
+    weights, prompts = {"lora": 1.0, "full": 0.5}, ["Once upon a time", "The dog ran to the"]
+    found = []
+    for quantize in (None, scheme):
+        guides = {"lora": ValueGuide(lora_guide), "full": ValueGuide(full_guide, quantize=quantize)}
+        engine = Engine(
+            "stories", guides, dtype="float32", device="cpu", quantize=quantize, way=way
+        )
+        assert set(engine.runner.ways.inside) == {"lora"}
+        found.append(engine.generate(prompts, VAS(0.0), weights, sampling))
+        assert engine.policy.endswith("" if quantize is None else f"+{scheme}")
+    for whole, small in zip(*found, strict=True):
+        assert small.base_logprobs[0] != whole.base_logprobs[0]  # something was quantized
+        assert small.token_ids == whole.token_ids
+        assert small.base_logprobs[0] == pytest.approx(whole.base_logprobs[0], abs=worst)
+        assert small.scores[0] == pytest.approx(whole.scores[0], abs=worst)
+
+
+def test_schemes_that_cannot_be_had(lora_guide: str) -> None:
+    with pytest.raises(ValueError, match="quantize is 'int3'; allowed are int8, fp8, int4"):
+        Engine(quantize="int3")
+    with pytest.raises(ValueError, match="quantize is 'int3'"):
+        Engine("stories", {"g": ValueGuide(lora_guide, quantize="int3")})
+    with pytest.raises(ValueError, match=r"quantize is 'int4', of torch\.float32 on cpu; allowed"):
+        Engine(guides={}, quantize="int4", dtype="float32", device="cpu")
