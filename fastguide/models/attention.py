@@ -10,6 +10,7 @@ masks ("custom attention without equivalent mask creation"), and visibility come
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastguide import kernels
 from fastguide.cache import KVPool
 from fastguide.kernels import TreeLayout, dispatch, reference
 from fastguide.kernels.reference import DenseTree, dense_tree
+from fastguide.models.prefill import Packed, kernel_for, packed_attention
 
 NAME = "fastguide"
 
@@ -38,17 +40,21 @@ _HARMLESS = frozenset(
 class AttentionPlan:
     """One pass's explicit attention inputs: pool, target slots and the layout of its rows."""
 
-    def __init__(self, pool: KVPool, targets: Tensor, layout: TreeLayout) -> None:
+    def __init__(
+        self, pool: KVPool, targets: Tensor, layout: TreeLayout, chains: bool = False
+    ) -> None:
         """Bind a layout to a pool.
 
         Args:
             pool: where keys and values live.
             targets: ``[N]`` int64, the slot of each packed row.
             layout: who sees whom.
+            chains: no row is on a branch, so each sees all slots of its request up to its own.
         """
         self.pool = pool
         self.targets = targets
         self.layout = layout
+        self.chains = chains
         self._dense: dict[tuple[int, int, torch.dtype], tuple[DenseTree, Tensor | None]] = {}
 
     def streams(self, query: Tensor, groups: int) -> bool:
@@ -61,6 +67,11 @@ class AttentionPlan:
         if query.is_cuda and self.layout.max_rows * groups > STREAM_ROWS:
             return False
         return dispatch.chosen("auto", query) is not reference
+
+    @functools.cached_property
+    def packed(self) -> Packed:
+        """The layout as flash kernels take it."""
+        return Packed.of(self.layout)
 
     def dense(
         self, window: int, groups: int, dtype: torch.dtype
@@ -95,7 +106,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Tree attention over the plan's pool, in the calling convention of ``AttentionInterface``.
 
-    Computes ``kernels.tree_attention``: see :meth:`AttentionPlan.streams` for the two ways.
+    Computes ``kernels.tree_attention``: by that kernel (see :meth:`AttentionPlan.streams`), prompts
+    on a GPU by flash kernels (``prefill.py``), and what neither takes as a dense product.
 
     Args:
         module: the model's attention module; its ``layer_idx`` names the pool's layer.
@@ -144,6 +156,14 @@ def attention(
             softcap=cap,
         )
         return packed[None], None
+    kernel = None
+    if plan.chains:
+        kernel = kernel_for(query[0].transpose(0, 1), key.shape[1], value.shape[3], cap)
+    if kernel is not None:
+        rows = query[0].transpose(0, 1)
+        pool = pool_keys, pool_values
+        found = packed_attention(kernel, rows, *pool, plan.layout, plan.packed, scale, window, cap)
+        return found[None], None
     return _dense_attention(query, pool_keys, pool_values, plan, scale, window, cap)[None], None
 
 

@@ -243,13 +243,15 @@ class Decoder:
     def _forward(self, batch: list[_Rows], outputs: bool, hidden: bool = False) -> Tensor:
         ordered = sorted(batch, key=_adapter_of)
         tokens = [token for rows in ordered for token in rows.tokens]
-        targets = np.concatenate([rows.slots for rows in ordered])
+        slots = torch.from_numpy(np.concatenate([rows.slots for rows in ordered]))
         layout, positions, starts = _layout(ordered, self.device)
+        chains = not any(rows.branches for rows in ordered)
+        plan = AttentionPlan(self.pool, slots.to(self.device), layout, chains)
         begin = {id(rows): int(start) for rows, start in zip(ordered, starts, strict=False)}
         keep = [begin[id(rows)] + row for rows in batch for row in rows.outputs]
         keep = keep if outputs else keep[:1]
         with self.adapters.over(self._segments(ordered)):
-            return self._pass(tokens, targets, layout, positions, keep, hidden)
+            return self._pass(tokens, positions, plan, keep, hidden)
 
     def _segments(self, ordered: list[_Rows]) -> Tensor | None:
         """Where each adapter's rows begin and end, ``[G + 1]`` int32; None if none has rows."""
@@ -264,34 +266,27 @@ class Decoder:
     def _pass(
         self,
         tokens: list[int],
-        targets: np.ndarray,
-        layout: TreeLayout,
         positions: np.ndarray,
+        plan: AttentionPlan,
         keep: list[int],
         hidden: bool,
     ) -> Tensor:
-        index = torch.tensor(keep, device=self.device)
-        ids, slots = (torch.as_tensor(n, device=self.device) for n in (tokens, targets))
+        index, ids = (torch.tensor(n, device=self.device) for n in (keep, tokens))
         places = torch.from_numpy(positions).to(self.device)
         if self._stack is None and self._head is not None and not hidden:
-            return self._whole(ids, places, AttentionPlan(self.pool, slots, layout), index)
-        states = self._layers(ids, places, slots, layout)
+            return self._whole(ids, places, plan, index)
+        states = self._layers(ids, places, plan)
         every = len(keep) == len(tokens) and keep == list(range(len(keep)))
         kept = states if every else states.index_select(0, index)
         return kept if self._head is None or hidden else self.logits(kept)
 
-    def _layers(self, ids: Tensor, places: Tensor, slots: Tensor, layout: TreeLayout) -> Tensor:
+    def _layers(self, ids: Tensor, places: Tensor, plan: AttentionPlan) -> Tensor:
         """Hidden states ``[N, hidden]`` after the last norm."""
         if self._stack is not None:
             lora = self.adapters.stacked, self.adapters.segments
-            return self._stack.run(ids, places, slots, layout, self.pool, *lora)
+            return self._stack.run(ids, places, plan.targets, plan.layout, self.pool, *lora)
         backbone = self.model if self._head is None else self.model.base_model
-        found = backbone(
-            input_ids=ids[None],
-            position_ids=places[None],
-            use_cache=False,
-            plan=AttentionPlan(self.pool, slots, layout),
-        )
+        found = backbone(input_ids=ids[None], position_ids=places[None], use_cache=False, plan=plan)
         return found.last_hidden_state[0]
 
     def _whole(self, ids: Tensor, places: Tensor, plan: AttentionPlan, index: Tensor) -> Tensor:
