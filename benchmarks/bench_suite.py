@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).parent
 WHERE_THEY_ARE = ("ops", "train")
 """Benchmarks that take the GPU where there is one."""
-ORDER = ("ops", "engine", "ways", "sweeps", "serving", "train")
+ORDER = ("ops", "engine", "ways", "sweeps", "serving", "soak", "train")
 
 
 def main() -> None:

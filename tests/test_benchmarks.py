@@ -16,7 +16,7 @@ CLI = [sys.executable, "-m", "fastguide.cli"]
 def test_an_unknown_benchmark_is_one_sentence() -> None:
     done = subprocess.run([*CLI, "bench", "speed"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    names = "engine, ops, serving, suite, sweeps, train, ways"
+    names = "engine, ops, serving, soak, suite, sweeps, train, ways"
     assert done.stderr == f"error: benchmark is 'speed'; allowed are {names}\n"
 
 
