@@ -43,8 +43,8 @@ KLS = (1.0, 2.0, 4.0, 6.0)
 SHARES = (8, 3)
 """Of the prompts: an eighth and a third."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-"""Those of a head on a frozen trunk are tried on all responses, the others on an eighth: heads need
-many more steps, and other rates for them."""
+"""All are tried on all responses, with the first seed: what is best for few steps may be far too
+high for many."""
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_rank": 16},
     "half the layers": {"lora_rank": None},
@@ -75,7 +75,7 @@ def main() -> None:
         monte_carlo(other_held_out(asked), halves, MAX_TOKENS, REWARD)
         make_small(small(asked))
     with stage("learning rates"):
-        rates = choose_rates(asked, few=min(sizes.values()))
+        rates = choose_rates(asked)
     with stage("guides"):
         jobs: list[Job] = []
         for seed in seeds:
@@ -91,12 +91,12 @@ def main() -> None:
                 )
                 for name, n in sizes.items()
             ]
-            jobs += [
-                job(asked, name, seed, asked.prompts, learning_rate=rates[name], model=model)
-                for name, model in KINDS.items()
-            ]
+            for kind, rate in rates.items():
+                name = at_rate(kind, rate)
+                jobs.append(job(asked, name, seed, asked.prompts, **how(kind, rate)))
         parallel(jobs, asked.processes)
-        names = {name: slug(name) for name in (whole, *sizes, *KINDS)}
+        names = {name: slug(name) for name in (whole, *sizes)}
+        names |= {kind: slug(at_rate(kind, rates[kind])) for kind in KINDS}
         folders = {
             name: [guide_folder(asked.work, folder, s) for s in seeds]
             for name, folder in names.items()
@@ -144,42 +144,33 @@ def make_small(folder: Path) -> None:
 def job(asked: argparse.Namespace, name: str, seed: int, prompts: int, **how: Any) -> Job:
     """The training of one guide."""
     folder = guide_folder(asked.work, slug(name), seed)
-    base = str(small(asked)) if name == "half the layers" else "stories"
+    base = str(small(asked)) if name.startswith("half the layers") else "stories"
     return functools.partial(
         train, folder, data(asked, prompts), REWARD, seed=seed, base=base, **how
     )
 
 
-def choose_rates(asked: argparse.Namespace, few: int) -> dict[str, float]:
-    """Each kind's learning rate with the lowest validation error, one seed."""
+def at_rate(kind: str, rate: float) -> str:
+    """A name of the guides that were trained at one rate."""
+    return f"{kind} {rate:g}"
 
-    def prompts(kind: str) -> int:
-        return asked.prompts if KINDS[kind].get("freeze") else few
 
-    def name(kind: str, rate: float) -> str:
-        return f"{kind} {rate:g} of {prompts(kind)}"
+def how(kind: str, rate: float) -> dict[str, Any]:
+    """What ``job`` is told of a kind."""
+    return {"learning_rate": rate, "model": KINDS[kind]}
 
+
+def choose_rates(asked: argparse.Namespace) -> dict[str, float]:
+    """Each kind's learning rate with the lowest validation error, among guides of the first seed."""
     tried = [(kind, rate) for kind in KINDS for rate in RATES]
-    how = {kind: {"model": model} for kind, model in KINDS.items()}
-    base = {"half the layers": str(small(asked))}
-    jobs = [
-        functools.partial(
-            train,
-            guide_folder(asked.work, slug(name(kind, rate)), 0),
-            data(asked, prompts(kind)),
-            REWARD,
-            seed=0,
-            base=base.get(kind, "stories"),
-            learning_rate=rate,
-            num_train_epochs=2,
-            **how[kind],
-        )
-        for kind, rate in tried
-    ]
-    parallel(jobs, asked.processes)
+    parallel(
+        [job(asked, at_rate(kind, r), 0, asked.prompts, **how(kind, r)) for kind, r in tried],
+        asked.processes,
+    )
 
     def error(kind: str, rate: float) -> float:
-        return float(metrics_of(guide_folder(asked.work, slug(name(kind, rate)), 0))["eval_mse"])
+        folder = guide_folder(asked.work, slug(at_rate(kind, rate)), 0)
+        return float(metrics_of(folder)["eval_mse"])
 
     return {kind: min(RATES, key=lambda rate, k=kind: error(k, rate)) for kind in KINDS}
 
