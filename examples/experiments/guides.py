@@ -161,7 +161,7 @@ def how(kind: str, rate: float) -> dict[str, Any]:
 
 
 def choose_rates(asked: argparse.Namespace) -> dict[str, float]:
-    """Each kind's learning rate with the lowest validation error, among guides of the first seed."""
+    """Each kind's learning rate with the lowest validation error, by guides of the first seed."""
     tried = [(kind, rate) for kind in KINDS for rate in RATES]
     parallel(
         [job(asked, at_rate(kind, r), 0, asked.prompts, **how(kind, r)) for kind, r in tried],
