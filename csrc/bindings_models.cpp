@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "linear.hpp"
+#include "matmul.hpp"
 #include "stack.hpp"
 #include "tensors.hpp"
 
@@ -48,6 +49,7 @@ Layer layer_of(DType dtype, const std::vector<uintptr_t>& numbers) {
 
 void bind_models(py::module_& module) {
   module.attr("panel") = kPanel;
+  module.attr("pad") = kPad;
   module.def("has_bf16_products", &has_bf16_products);
 
   module.def("packed_words", [](int dtype, int64_t inputs, int64_t outputs) {

@@ -131,6 +131,31 @@ class Lora {
 
 }  // namespace
 
+void add_lora(const PackedLora& args, Isa isa, int threads) {
+  constexpr std::int64_t kTile = 24, kColumns = 256;  // of rows and outputs, for a task
+  const std::int64_t products = args.rows * args.rank * (args.inputs + args.outputs);
+  const int team = static_cast<int>(std::clamp<std::int64_t>(products / kMinShare, 1, threads));
+  const std::int64_t tiles = (args.rows + kTile - 1) / kTile;
+  const std::int64_t blocks = (args.outputs + kColumns - 1) / kColumns;
+  parallel_for(team, args.adapters * tiles, [&](std::int64_t task, int) {
+    const std::int64_t g = task / tiles, first = args.segments[g] + task % tiles * kTile;
+    const std::int64_t count = std::min<std::int64_t>(kTile, args.segments[g + 1] - first);
+    if (count <= 0) return;
+    run_loop<MatMul>(isa, args.x + first * args.inputs, args.inputs,
+                     args.a + g * args.inputs * args.rank, args.rank, args.sums + first * args.rank,
+                     args.rank, count, args.rank, args.inputs, false);
+  });
+  parallel_for(team, args.adapters * blocks, [&](std::int64_t task, int) {
+    const std::int64_t g = task / blocks, column = task % blocks * kColumns;
+    const std::int64_t first = args.segments[g], count = args.segments[g + 1] - first;
+    if (count <= 0) return;
+    run_loop<MatMul>(isa, args.sums + first * args.rank, args.rank,
+                     args.b + g * args.rank * args.outputs + column, args.outputs,
+                     args.out + first * args.outputs + column, args.outputs, count,
+                     std::min(kColumns, args.outputs - column), args.rank, true);
+  });
+}
+
 void lora_rows(const LoraRows& args, Isa isa, int threads) {
   for (std::int64_t g = 0; g <= args.adapters; ++g) {
     const std::int64_t least = g ? args.segments[g - 1] : 0;

@@ -27,4 +27,18 @@ struct LoraRows {
 // sentence, where the segments do not ascend from 0 at least to the number of rows at most.
 void lora_rows(const LoraRows& args, Isa isa, int threads);
 
+// The same in fp32, on factors that were laid out once, so that a few rows cost a read of them.
+struct PackedLora {
+  std::int64_t rows, inputs, outputs, adapters;  // outputs is a multiple of kPad
+  std::int64_t rank;                             // a multiple of kPad, filled up with zeros
+  const float* x;                                // [rows, inputs], contiguous
+  const float* a;                                // [adapters, inputs, rank]
+  const float* b;                                // [adapters, rank, outputs]
+  const std::int32_t* segments;                  // [adapters + 1], ascending, within the rows
+  float* sums;                                   // [rows, rank], for use in between
+  float* out;                                    // [rows, outputs]: added to
+};
+
+void add_lora(const PackedLora& args, Isa isa, int threads);
+
 }  // namespace fastguide

@@ -110,6 +110,7 @@ class Pass {
     attended_.resize(rows * query * size_of(D));
     gate_.resize(rows * shape.inner);
     up_.resize(rows * shape.inner);
+    if (pass.adapters.count) sums_.resize(rows * pass.adapters.rank);
   }
 
   Seconds run(const std::vector<Layer>& layers, const float* last_norm) {
@@ -213,10 +214,9 @@ class Pass {
       const std::size_t index = l * kProjections + one.projection;
       if (!adapters.a[index]) continue;
       const std::int64_t outputs = layer.projections[one.projection].weight.outputs;
-      lora_rows({DType::float32, pass_.rows, inputs, outputs, adapters.count, adapters.rank,
-                 one.out, outputs, x.data(), inputs, adapters.a[index], adapters.b[index],
-                 adapters.segments, one.out},
-                isa_, threads_);
+      add_lora({pass_.rows, inputs, outputs, adapters.count, adapters.rank, x.data(),
+                adapters.a[index], adapters.b[index], adapters.segments, sums_.data(), one.out},
+               isa_, threads_);
     }
     lap(kLora);
   }
@@ -258,7 +258,7 @@ class Pass {
   const Angles& angles_;
   const Isa isa_;
   const int threads_;
-  std::vector<float> hidden_, normed_, query_, key_, value_, gate_, up_;
+  std::vector<float> hidden_, normed_, query_, key_, value_, gate_, up_, sums_;
   std::vector<char> rotated_, attended_;  // in the pool's format
 };
 
@@ -274,6 +274,13 @@ Seconds Stack::run(const StackPass& pass, const Angles& angles, Isa isa, int thr
     }
   }
   Seconds seconds{};
+  for (std::int64_t g = 0; g < pass.adapters.count; ++g) {
+    const std::int32_t* segment = pass.adapters.segments + g;
+    if (segment[0] < 0 || segment[1] < segment[0] || segment[1] > pass.rows) {
+      refuse("segments must ascend from 0 to at most ", pass.rows, ", not hold ", segment[1],
+             " after ", segment[0], " (index ", g + 1, ")");
+    }
+  }
   if (!pass.rows) return seconds;
   with_dtype(shape_.dtype, [&](auto dtype) {
     seconds = Pass<dtype()>(shape_, pass, angles, isa, threads).run(layers_, last_norm_);

@@ -39,7 +39,8 @@ struct StackShape {
 struct Adapters {
   std::int64_t count, rank;
   const std::int32_t* segments;  // [count + 1]
-  // Of each layer and projection: [count, rank, inputs] and [count, outputs, rank] fp32, or null.
+  // Of each layer and projection, as in PackedLora: [count, inputs, rank] and
+  // [count, rank, outputs], or null.
   std::vector<const float*> a, b;
 };
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
@@ -107,11 +108,11 @@ class StackShape:
 class Adapters:
     """The LoRAs of a stack: per layer and projection, in that order, factors of all adapters.
 
-    ``a`` is ``[G, rank, inputs]`` and ``b`` ``[G, outputs, rank]``, fp32 and scaled; None where no
-    adapter has a part.
+    See ``pack_factors``; None where no adapter has a part.
     """
 
     rank: int
+    """Of the packed factors."""
     a: Sequence[Tensor | None]
     b: Sequence[Tensor | None]
     addresses: tuple[list[int], list[int]] = field(init=False)
@@ -119,6 +120,28 @@ class Adapters:
     def __post_init__(self) -> None:
         found = tuple([address(tensor) for tensor in part] for part in (self.a, self.b))
         object.__setattr__(self, "addresses", found)
+
+
+def takes_lora(outputs: int) -> bool:
+    """Whether a stack can add a LoRA to a projection of so many outputs."""
+    return outputs % native.extension().pad == 0
+
+
+def pack_factors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of one projection in the layout of ``PackedLora`` (``csrc/lora.hpp``).
+
+    Args:
+        a: ``[G, rank, inputs]`` fp32.
+        b: ``[G, outputs, rank]`` fp32, scaled; see ``takes_lora`` for the outputs.
+
+    Returns:
+        ``[G, inputs, padded]`` and ``[G, padded, outputs]``, the rank filled up with zeros.
+    """
+    more = -a.shape[1] % native.extension().pad
+    return (
+        F.pad(a.transpose(1, 2), (0, more)).contiguous(),
+        F.pad(b.transpose(1, 2), (0, 0, 0, more)).contiguous(),
+    )
 
 
 class NativeStack:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fastguide import kernels
-from fastguide.kernels.packed import PROJECTIONS, Adapters
+from fastguide.kernels.packed import PROJECTIONS, Adapters, pack_factors, takes_lora
 
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -131,8 +131,10 @@ class AdapterBank:
         names = dict.fromkeys(name for adapter in self._adapters for name in adapter)
         if layers is not None:
             places = [f"layers.{i}.{place}" for i in range(layers) for place in _ordered()]
-            pairs = [self._stack(name) if name in names else (None, None) for name in places]
-            self.stacked = Adapters(self.rank, [a for a, _ in pairs], [b for _, b in pairs])
+            empty = (None, None)
+            pairs = [pack_factors(*self._stack(n)) if n in names else empty for n in places]
+            rank = next(a.shape[2] for a, _ in pairs if a is not None)
+            self.stacked = Adapters(rank, [a for a, _ in pairs], [b for _, b in pairs])
         else:
             for name in names:
                 if name not in self._wrapped:
@@ -178,7 +180,8 @@ def _divisible(linear: Any) -> bool:
 def in_stack(factors: Mapping[str, Factors], layers: int) -> bool:
     """Whether a native stack of so many layers has a place for all of an adapter."""
     places = {f"layers.{i}.{place}" for i in range(layers) for place in _PLACES}
-    return places.issuperset(factors)
+    fitting = all(takes_lora(len(f.b)) for f in factors.values())
+    return fitting and places.issuperset(factors)
 
 
 def _ordered() -> list[str]:
