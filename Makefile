@@ -26,7 +26,8 @@ sanitize: $(VENV)/.installed-test  ## run the tests of the C++ ops with sanitize
 		--build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -p no:cacheprovider tests/kernels -k native
+		PYTHONPATH=build/sanitize/lib $(BIN)/pytest -p no:cacheprovider tests/kernels \
+		tests/models/test_packing.py -k 'native or test_packing'
 
 lint: $(VENV)/.installed-dev  ## check style and types of Python and C++
 	$(BIN)/ruff check

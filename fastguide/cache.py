@@ -56,9 +56,14 @@ class KVPool:
         self.prefixes = PrefixIndex(self.slots) if prefixes else None
         self.fixed = True
         self._layers = {
-            layer: (_empty(keys, capacity), _empty(values, capacity))
+            layer: (_empty(keys, capacity + 1), _empty(values, capacity + 1))
             for layer, (keys, values) in like._layers.items()
         }
+
+    @property
+    def spare(self) -> int:
+        """Of a fixed pool: a slot that is nobody's, for rows that nobody looks at."""
+        return self.slots.capacity
 
     @property
     def slot_bytes(self) -> int:
@@ -138,7 +143,9 @@ class KVPool:
 
 @torch.inference_mode()  # as passes write to it in inference mode
 def _empty(like: Tensor, capacity: int) -> Tensor:
-    return like.new_empty(capacity, *like.shape[1:])
+    made = like.new_empty(capacity, *like.shape[1:])
+    made[-1:] = 0  # of a fixed pool, the spare slot
+    return made
 
 
 def marked(tokens: Sequence[int], adapter: int | None) -> np.ndarray:
@@ -159,6 +166,8 @@ class CachedSequence:
         """Which of the model's adapters its tokens go through."""
         self.tokens = list(tokens)
         self.branches: dict[tuple[int, ...], np.ndarray] = {}
+        self.ahead = np.empty(0, dtype=np.int64)
+        """Slots for tokens to come, in order: the first is for the first pending one."""
         self._slots = np.empty(max(64, 2 * len(tokens)), dtype=np.int64)
         self._cached = 0
 
@@ -186,6 +195,21 @@ class CachedSequence:
     def commit(self, slots: np.ndarray) -> None:
         """Note that the first ``len(slots)`` pending tokens now live in ``slots``."""
         self._extend(slots)
+
+    def reserve(self, count: int) -> None:
+        """Take so many more slots for tokens to come."""
+        self.ahead = np.concatenate([self.ahead, self.pool.take(count)])
+
+    def drop_ahead(self) -> None:
+        """Give the slots for tokens to come back."""
+        ahead, self.ahead = self.ahead, np.empty(0, dtype=np.int64)
+        self.pool.slots.release(ahead)
+
+    def advance(self, token: int) -> None:
+        """Note that the pending token went to the first slot ahead, and continue with another."""
+        self.commit(self.ahead[:1])
+        self.ahead = self.ahead[1:]
+        self.tokens.append(token)
 
     def fork(self) -> CachedSequence:
         """A second sequence with the same tokens, sharing every slot."""
@@ -236,6 +260,7 @@ class CachedSequence:
 
     def close(self) -> None:
         """Give every slot back; the sequence is empty afterwards."""
+        self.drop_ahead()
         self.truncate(0)
 
     def _extend(self, slots: np.ndarray) -> None:

@@ -61,3 +61,28 @@ def test_a_guide_on_another_device_reads_while_the_policy_does(
         assert engine.stats.ways[way] > 0
         found.append([c.token_ids for c in outputs])
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_graphs_draw_the_same_tokens(
+    stories: str, lora_guide: str, full_guide: str, temperature: float
+) -> None:
+    """Replayed steps, rows that come and go, beside steps laid out on the host."""
+    guides = {"lora": ValueGuide(lora_guide), "full": ValueGuide(full_guide)}
+    rules = [VAS(4.0, 12), VAS(6.0, 20, candidate_mass=0.8), None]
+    weights = [{"lora": 1.0}, {"full": 1.0, "lora": -0.5}, None]
+    sampling = [SamplingParams(temperature, 10 + 9 * i, seed=i, n=1 + i) for i in range(3)]
+    found = []
+    for graphs in (False, True):
+        engine = Engine(
+            stories, guides, dtype="float32", device="cuda", way="two-phase", graphs=graphs
+        )
+        for _ in range(2):
+            outputs = engine.generate(PROMPTS, rules, weights, sampling)
+            found.append([c.token_ids for c in outputs])
+        programs = engine.runner._programs
+        assert (programs is not None) == graphs
+        if programs is not None:
+            assert all(program._graph is not None for program in programs._made.values())
+        assert all(cache.in_use == 0 for cache in engine.stats.caches.values())
+    assert found[0] == found[1] == found[2] == found[3]

@@ -109,6 +109,14 @@ class Caches:
                 late += self._of_guide[name] * max(0, len(state) - len(state.slots) - 1)
         return late
 
+    def ahead(self, sequence: CachedSequence, states: Mapping[str, State]) -> np.ndarray:
+        """Slots for tokens to come that a sample has already."""
+        held = len(sequence.ahead) * self._of_policy
+        for name, state in states.items():
+            if isinstance(state, CachedSequence):
+                held = held + len(state.ahead) * self._of_guide[name]
+        return held
+
     def clear(self) -> None:
         """Forget the prefixes of earlier requests."""
         for pool in self.pools:

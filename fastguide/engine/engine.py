@@ -67,6 +67,7 @@ class Engine:
         way: str = "auto",
         tensor_parallel: bool = False,
         quantize: str | None = None,
+        graphs: bool | None = None,
     ) -> None:
         """Load the policy and its guides.
 
@@ -95,6 +96,9 @@ class Engine:
             quantize: the policy's linear layers, through torchao: ``int8``, ``fp8`` or ``int4``
                 weights (the last needs bf16 on a GPU); guides say so themselves. Records then name
                 it with the policy. None leaves the weights as they are.
+            graphs: replay steps of fixed shapes as CUDA graphs, where all guides are decoders on
+                the policy's GPU; None does so on a GPU. True makes such steps on a CPU, too, but as
+                they come.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
@@ -145,7 +149,9 @@ class Engine:
             ) from error
         ranks = Ranks() if tensor_parallel else None
         self.name_or_path = assets.absolute(path)
-        self.runner = ModelRunner(policy, scorers, way)
+        if graphs is None:
+            graphs = where.type == "cuda" and not tensor_parallel
+        self.runner = ModelRunner(policy, scorers, way, fixed=graphs)
         self.limits = Limits(
             vocabulary=vocabulary,
             context=policy.context,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastguide.engine.program import Programs, StepProgram
 from fastguide.engine.rows import Row, RowSpec
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
 from fastguide.engine.ways import Ways
@@ -50,16 +51,28 @@ class Opened(NamedTuple):
 class ModelRunner:
     """Owns the loaded policy and guides; opens rows, prefills and steps them."""
 
-    def __init__(self, policy: Decoder, scorers: Mapping[str, Scorer], way: str = "auto") -> None:
+    def __init__(
+        self,
+        policy: Decoder,
+        scorers: Mapping[str, Scorer],
+        way: str = "auto",
+        fixed: bool = False,
+    ) -> None:
         """Put guides beside a policy.
 
         Args:
             policy: a causal language model.
             scorers: loaded guides by name.
             way: how guides on the policy's weights run, one of ``ways.WAYS``.
+            fixed: make steps of fixed shapes where that is possible, on a GPU as CUDA graphs; they
+                are two-phase. The pools of all models must be of fixed size before the first step.
         """
         self.policy = policy
         self.scorers = dict(scorers)
+        self._programs: Programs | None = None
+        if fixed and way in ("auto", "two-phase") and Programs.possible(policy, scorers):
+            way, trees = "two-phase", scorers
+            self._programs = Programs(policy, trees)  # type: ignore[arg-type]
         self.ways = Ways(policy, self.scorers, way)
         self.seconds = {"base": 0.0, "scorer": 0.0, "rule": 0.0}
         """Time spent in each phase of all steps so far, for benchmarks."""
@@ -130,6 +143,11 @@ class ModelRunner:
         Returns:
             the step, and each row's composed score of its token (None if it was not scored).
         """
+        program = None if self._programs is None else self._programs.of(rows)
+        if program is not None:
+            return self._replay(program, rows)
+        if self._programs is not None:
+            self._programs.leave()
         started = time.perf_counter()
         whole = self._row_batch(rows)
         opened = self._open(rows, whole)
@@ -155,6 +173,25 @@ class ModelRunner:
         self.seconds["scorer"] += judged - based
         self.seconds["rule"] += ended - judged
         known = [n > 0 and source >= 0 for n, source in zip(scored, step.sources, strict=True)]
+        return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
+
+    def _replay(self, program: StepProgram, rows: list[Row]) -> tuple[Step, list[float | None]]:
+        """``step`` by a program of fixed shapes."""
+        assert self._programs is not None
+        try:
+            step, lanes = program.step(rows)
+        except BaseException:
+            self._programs.leave()
+            raise
+        self.ways.leaping(rows, step.scored)  # counts the step
+        for i, (row, lane) in enumerate(zip(rows, lanes, strict=True)):
+            if step.tokens[i] < 0:
+                assert program.candidates is not None
+                assert program.scores is not None
+                row.error = self._failure(
+                    row, program.candidates.lse[lane], program.scores[:, lane]
+                )
+        known = [n > 0 and source >= 0 for n, source in zip(step.scored, step.sources, strict=True)]
         return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
 
     def _open(self, rows: list[Row], batch: RowBatch) -> Opened:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fastguide.config import RowParameters
@@ -188,7 +189,8 @@ class Sample:
         if self.row is None:
             return needed
         assert self.request.caches is not None
-        return needed + self.request.caches.owed(self.row.states)
+        needed = needed + self.request.caches.owed(self.row.states)
+        return np.maximum(0, needed - self.request.caches.ahead(self.row.sequence, self.row.states))
 
     def take(
         self, step: Step, i: int, score: float | None, end_tokens: Collection[int]

@@ -280,6 +280,26 @@ class Decoder:
         kept = states if every else states.index_select(0, index)
         return kept if self._head is None or hidden else self.logits(kept)
 
+    def states_of(
+        self, ids: Tensor, places: Tensor, plan: AttentionPlan, segments: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states ``[N, hidden]`` of a pass that is laid out already.
+
+        Args:
+            ids: ``[N]`` int64 tokens.
+            places: ``[N]`` int64 positions.
+            plan: their slots, and who sees whom.
+            segments: ``[G + 1]`` int32: where each adapter's rows begin and end.
+        """
+        with self.adapters.over(segments):
+            return self._layers(ids, places, plan)
+
+    def logits_of(self, ids: Tensor, places: Tensor, plan: AttentionPlan) -> Tensor:
+        """Logits ``[N, V]`` of a pass of a causal LM that is laid out already."""
+        if self._stack is None:
+            return self._whole(ids, places, plan, torch.arange(len(ids), device=ids.device))
+        return self.logits(self._layers(ids, places, plan))
+
     def _layers(self, ids: Tensor, places: Tensor, plan: AttentionPlan) -> Tensor:
         """Hidden states ``[N, hidden]`` after the last norm."""
         if self._stack is not None:

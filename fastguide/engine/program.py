@@ -1,0 +1,398 @@
+"""A step of fixed shapes that needs no host: what a CUDA graph can hold.
+
+``ModelRunner`` lays each pass out on the host, which on a GPU takes longer than the pass does. Here
+the layout follows by arithmetic on the device from two numbers of each *lane*, its length and its
+last token, so a step is the same list of kernels whoever runs in it: captured once for a number of
+lanes and of candidates, and replayed.
+
+Each lane has a *table* for the policy and one for each guide: the slots of its tokens, and behind
+them those of tokens to come. The policy reads the last token; a guide reads it, too, and the
+candidates in slots of tokens to come. Whichever is drawn is read again as the next step's last
+token, one row more for each guide, so that nothing moves and no draw is waited for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastguide import kernels
+from fastguide.cache import CachedSequence
+from fastguide.config import Plain
+from fastguide.engine.rows import Row
+from fastguide.engine.sampler import Candidates, RowBatch, Step, top_candidates
+from fastguide.kernels import TreeLayout
+from fastguide.models.attention import AttentionPlan
+from fastguide.models.decoder import Decoder
+from fastguide.models.loading import one_line
+from fastguide.scorer import Scorer, TreeScorer
+
+BLOCK = 16
+"""Slots of tokens to come that a lane gets at once, beside those of its candidates."""
+
+
+class Group(NamedTuple):
+    """Tracks of one decoder that go through it together: one per guide, or the policy's."""
+
+    decoder: Decoder
+    guides: list[str | None]
+    """In the order of their adapters; None is the policy."""
+    rows: int
+    """Of a lane in a pass: its last token, and its candidates."""
+    tables: Tensor
+    """``[T, B, L]`` int32."""
+    segments: Tensor | None
+    """Of the rows of each adapter."""
+
+
+class StepProgram:
+    """Steps of up to ``lanes`` rows with up to ``width`` candidates."""
+
+    def __init__(
+        self,
+        policy: Decoder,
+        scorers: Mapping[str, TreeScorer],
+        lanes: int,
+        width: int,
+        length: int,
+    ) -> None:
+        """Allocate all that a step reads and writes.
+
+        Args:
+            policy: its pool is fixed, and so are those of the guides; see ``KVPool.fix``.
+            scorers: guides on the policy's device.
+            lanes: B.
+            width: K, most candidates that guides read.
+            length: L, most tokens of a lane, candidates included.
+        """
+        self.policy, self.scorers = policy, dict(scorers)
+        self.lanes, self.width = lanes, width
+        # Rows without guides want more candidates than guides read, to draw from.
+        self._columns = max(width, Plain().lower(1.0).k) + 1
+        self.rows: list[Row | None] = [None] * lanes
+        device = policy.device
+        self._length = torch.ones(lanes, dtype=torch.int64, device=device)
+        self._token = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self._groups = [self._group(policy, [None], 1, length)]
+        decoders = {id(s.decoder): s.decoder for s in self.scorers.values()}
+        for decoder in decoders.values():
+            guides = [name for name, s in self.scorers.items() if s.decoder is decoder]
+            guides.sort(key=lambda name: -1 if (a := self.scorers[name].adapter) is None else a)
+            self._groups.append(self._group(decoder, guides, 1 + width, length))
+        self._batch = self._row_batch()
+        self._out = torch.zeros(7, lanes, dtype=torch.float64, device=device)
+        self.candidates: Candidates | None = None
+        """Of the last step."""
+        self.scores: Tensor | None = None
+        """``[G, B, columns]`` of the last step."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capturable = True
+
+    # ----------------------------------------------------------------------------- the host's part
+
+    def step(self, rows: Sequence[Row]) -> tuple[Step, list[int]]:
+        """Advance rows by one token; those without a token (-1) stay as they are.
+
+        Returns:
+            the step, and each row's lane.
+
+        Raises:
+            OutOfSlots: a pool is too short for the tokens to come.
+        """
+        self._seat(rows)
+        self._launch()
+        at = {id(row): lane for lane, row in enumerate(self.rows) if row is not None}
+        lanes = [at[id(row)] for row in rows]
+        numbers = self._out[:, lanes].tolist()  # waits for the device
+        tokens, sources, scores, logprobs, base, kl, counts = numbers
+        for row, token in zip(rows, tokens, strict=True):
+            if token >= 0:
+                for sequence in self._sequences(row):
+                    sequence.advance(int(token))
+                row.steps += 1
+        pairs = zip(counts, rows, strict=True)
+        scored = [0 if not row.weights or row.settled(int(n)) else int(n) for n, row in pairs]
+        whole = [int(t) for t in tokens], [int(s) for s in sources]
+        return Step(*whole, scores, logprobs, base, kl, scored), lanes
+
+    def leave(self) -> None:
+        """Forget all rows: they have gone, or go on elsewhere."""
+        for row in self.rows:
+            for sequence in [] if row is None else self._sequences(row):
+                sequence.drop_ahead()
+        self.rows = [None] * self.lanes
+        self._clear(list(range(self.lanes)))
+
+    def _sequences(self, row: Row) -> list[CachedSequence]:
+        states = [state for state in row.states.values() if isinstance(state, CachedSequence)]
+        return [row.sequence, *states]
+
+    def _seat(self, rows: Sequence[Row]) -> None:
+        """Give every row a lane, and every lane the slots of its next token and candidates."""
+        wanted = {id(row): row for row in rows}
+        before = list(self.rows)
+        self.rows = [wanted.pop(id(row), None) if row is not None else None for row in before]
+        free = iter([lane for lane, row in enumerate(self.rows) if row is None])
+        for newcomer in wanted.values():
+            self.rows[next(free)] = newcomer
+        changed = [lane for lane, row in enumerate(self.rows) if row is not before[lane]]
+        if changed:
+            new = {lane: row for lane in changed if (row := self.rows[lane]) is not None}
+            self._enter(list(new.values()))
+            self._clear(changed)
+            self._batch = self._row_batch(self._batch)
+            at = torch.tensor(list(new), device=self._length.device, dtype=torch.int64)
+            lengths = torch.tensor([len(row.sequence) for row in new.values()], dtype=torch.int64)
+            last = torch.tensor([row.sequence.tokens[-1] for row in new.values()])
+            self._length[at] = lengths.to(at.device)
+            self._token[at] = last.to(at.device, torch.int64)
+        for group in self._groups:
+            self._supply(group, set(changed))
+
+    def _enter(self, rows: Sequence[Row]) -> None:
+        """Have all models wait for the last token of rows, which none has read."""
+        for row in rows:
+            for sequence in self._sequences(row):
+                sequence.drop_branches()
+                if not sequence.pending:
+                    last = sequence.tokens[-1]
+                    sequence.truncate(len(sequence) - 1)
+                    sequence.append(last)
+        for name, scorer in self.scorers.items():
+            states = [s for row in rows if (s := self._state(row, name)) is not None]
+            scorer.decoder.prefill([s for s in states if len(s.pending) > 1], keep=1)
+
+    def _clear(self, lanes: list[int]) -> None:
+        """Have lanes read and write a slot that is nobody's: others may get theirs."""
+        at = torch.tensor(lanes, device=self._length.device)
+        for group in self._groups:
+            group.tables[:, at] = group.decoder.pool.spare
+        self._length[at], self._token[at] = 1, 0
+
+    def _supply(self, group: Group, changed: set[int]) -> None:
+        """Write the slots of tokens to come into a group's tables; all slots of new lanes."""
+        _, lanes, length = group.tables.shape
+        places, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        most = sum(len(g.guides) * (g.rows + BLOCK) for g in self._groups)
+        block = BLOCK if group.decoder.pool.available() >= lanes * most else 0
+        for t, name in enumerate(group.guides):
+            for lane, row in enumerate(self.rows):
+                sequence = None if row is None else self._state(row, name)
+                if row is None or sequence is None:
+                    continue
+                # Candidates past the row's own are read in the spare slot.
+                needed = 1 + (0 if name is None else row.parameters.k)
+                begin, known = (t * lanes + lane) * length, len(sequence) - 1
+                had = len(sequence.ahead)
+                if had < needed:
+                    room = length - known - needed
+                    sequence.reserve(needed - had + max(0, min(block, room)))
+                first = 0 if lane in changed else known + had
+                every = np.concatenate([sequence.slots, sequence.ahead])[first:]
+                places.append(np.arange(begin + first, begin + first + len(every)))
+                slots.append(every)
+        at = torch.from_numpy(np.concatenate(places)).to(group.tables.device)
+        if len(at):
+            new = torch.from_numpy(np.concatenate(slots).astype(np.int32)).to(at.device)
+            group.tables.view(-1)[at] = new
+
+    @staticmethod
+    def _state(row: Row, name: str | None) -> CachedSequence | None:
+        state = row.sequence if name is None else row.states.get(name)
+        return state if isinstance(state, CachedSequence) else None
+
+    def _row_batch(self, held: RowBatch | None = None) -> RowBatch:
+        """The parameters of all lanes; written over those that are held, which graphs read."""
+        nobody = Plain().lower(1.0)._replace(k=1)
+        built = RowBatch.build(
+            [nobody if row is None else row.parameters for row in self.rows],
+            [0 if row is None else row.seed for row in self.rows],
+            [{} if row is None else row.weights for row in self.rows],
+            list(self.scorers),
+            self.policy.device,
+        )
+        mass = built.mass
+        if mass is None:
+            mass = torch.ones(self.lanes, dtype=torch.float64, device=self.policy.device)
+        built = dataclasses.replace(built, mass=mass, width=self._columns)
+        if held is None:
+            return built
+        for name in ("count", "mode", "scale", "weight", "inv_temperature", "seed", "mass"):
+            getattr(held, name).copy_(getattr(built, name))
+        held.guide_weights.copy_(built.guide_weights)
+        return held
+
+    # --------------------------------------------------------------------------- the device's part
+
+    def _group(
+        self, decoder: Decoder, guides: Sequence[str | None], rows: int, length: int
+    ) -> Group:
+        shape = len(guides), self.lanes, length
+        tables = torch.full(shape, decoder.pool.spare, dtype=torch.int32, device=decoder.device)
+        adapters = [None if name is None else self.scorers[name].adapter for name in guides]
+        segments = None
+        if any(adapter is not None for adapter in adapters):
+            numbers = np.repeat([-1 if a is None else a for a in adapters], self.lanes * rows)
+            edges = np.searchsorted(numbers, np.arange(len(decoder.adapters) + 1))
+            segments = torch.from_numpy(edges.astype(np.int32)).to(decoder.device)
+        return Group(decoder, list(guides), rows, tables, segments)
+
+    def _launch(self) -> None:
+        """A step: on a GPU the graph of it, which the first one captures."""
+        if self.policy.device.type == "cuda" and self._graph is None and self._capturable:
+            try:
+                self._graph = self._capture()
+            except RuntimeError as error:  # something in a model waits for the device
+                self._capturable = False
+                warnings.warn(
+                    f"steps are not replayed as CUDA graphs: {one_line(error)}", stacklevel=2
+                )
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._compute()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph; the lanes are left as they were."""
+        held, device = (self._length.clone(), self._token.clone()), self.policy.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # kernels are compiled, and libraries take their memory
+            for _ in range(2):
+                self._compute()
+                self._length.copy_(held[0])
+                self._token.copy_(held[1])
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._compute()
+        return graph
+
+    @torch.inference_mode()
+    def _compute(self) -> None:
+        """The step itself: nothing in it depends on numbers that only the device has."""
+        own, *guides = self._groups
+        logits = self._pass(own, self._token[:, None])
+        candidates = top_candidates(logits, self._batch)
+        batch = self._batch.narrowed(candidates)
+        width = candidates.values.shape[1]
+        ids = candidates.ids[:, : self.width].clamp(min=0).long()
+        tokens = torch.cat([self._token[:, None], ids], 1)
+        scores = candidates.values.new_zeros(
+            len(self.scorers), self.lanes, width, dtype=torch.float32
+        )
+        for group in guides:
+            hidden = self._pass(group, tokens)
+            hidden = hidden.view(len(group.guides), *tokens.shape, -1)[:, :, 1:]
+            for t, name in enumerate(group.guides):
+                assert name is not None
+                scorer = self.scorers[name]
+                values = scorer.values(hidden[t].flatten(0, 1)).view(ids.shape)
+                # A token that the guide does not know has no score, which its row is told.
+                values = values.masked_fill(ids >= scorer.vocabulary, float("nan"))
+                used = batch.guide_weights[list(self.scorers).index(name)] != 0
+                asked = torch.arange(ids.shape[1], device=ids.device) < batch.count[:, None]
+                values = torch.where(used[:, None] & asked, values, 0.0)
+                scores[list(self.scorers).index(name), :, : ids.shape[1]] = values
+        drawn = kernels.guide_sample(
+            logits,
+            batch.inv_temperature,
+            *candidates,
+            scores,
+            batch.guide_weights,
+            count=batch.count,
+            mode=batch.mode,
+            scale=batch.scale,
+            weight=batch.weight,
+            seed=batch.seed,
+            position=self._length,
+        )
+        self._out.copy_(torch.stack([column.double() for column in (*drawn, batch.count)]))
+        moves = drawn.token >= 0
+        self._token.copy_(torch.where(moves, drawn.token, self._token))
+        self._length.add_(moves.long())
+        self.candidates, self.scores = candidates, scores
+
+    def _pass(self, group: Group, tokens: Tensor) -> Tensor:
+        """One pass of a group over ``tokens`` ``[B, R]`` of every lane: its outputs in order."""
+        tracks, lanes, length = group.tables.shape
+        rows = group.rows
+        tokens = tokens[:, :rows]
+        step = torch.arange(rows, device=tokens.device)
+        last = self._length[:, None] - 1
+        index = last + step  # of each row's own slot
+        places = last + (step > 0)  # its position: candidates are all next
+        trunk, branch = last + (step > 0), torch.where(step > 0, index, last)
+        slots = group.tables.gather(2, index.expand(tracks, lanes, rows))
+        requests = torch.arange(tracks * lanes + 1, device=tokens.device, dtype=torch.int32)
+
+        def of_all(columns: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+            return columns.expand(tracks, *columns.shape).reshape(-1).to(dtype)
+
+        layout = TreeLayout(
+            slots=group.tables.view(-1),
+            slot_starts=requests[:-1] * length,
+            slot_counts=of_all(self._length + (rows - 1)),
+            row_starts=requests * rows,
+            trunk=of_all(trunk),
+            branch=of_all(branch),
+            max_slots=length,
+            max_rows=rows,
+        )
+        plan = AttentionPlan(group.decoder.pool, slots.reshape(-1).long(), layout)
+        ids, positions = of_all(tokens, torch.int64), of_all(places, torch.int64)
+        if group.guides == [None]:
+            return group.decoder.logits_of(ids, positions, plan)
+        return group.decoder.states_of(ids, positions, plan, group.segments)
+
+
+LANES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+WIDTHS = (1, 10, 20, 50, 100, 200)
+"""Numbers of lanes and candidates that there are programs for; others take the next larger."""
+
+
+class Programs:
+    """The programs of a policy and its guides, made as they are needed."""
+
+    def __init__(self, policy: Decoder, scorers: Mapping[str, TreeScorer]) -> None:
+        self._policy, self._scorers = policy, dict(scorers)
+        self._made: dict[tuple[int, int], StepProgram] = {}
+        self._active: StepProgram | None = None
+
+    @staticmethod
+    def possible(policy: Decoder, scorers: Mapping[str, Scorer]) -> bool:
+        """Whether steps with these guides can have fixed shapes."""
+        return all(
+            isinstance(scorer, TreeScorer) and scorer.decoder.device == policy.device
+            for scorer in scorers.values()
+        )
+
+    def leave(self) -> None:
+        """Forget all rows: what comes next happens elsewhere."""
+        if self._active is not None:
+            self._active.leave()
+            self._active = None
+
+    def of(self, rows: Sequence[Row]) -> StepProgram | None:
+        """The program that rows are stepped by; None if there is none so large."""
+        k = max((row.parameters.k for row in rows if row.weights), default=1)
+        lanes = next((n for n in LANES if n >= len(rows)), None)
+        width = next((n for n in WIDTHS if n >= k), None)
+        if lanes is None or width is None:
+            return None
+        program = self._made.get((lanes, width))
+        if program is None:
+            decoders = [self._policy, *(s.decoder for s in self._scorers.values())]
+            longest = min(d.context or d.pool.slots.capacity for d in decoders)
+            program = StepProgram(self._policy, self._scorers, lanes, width, longest + width + 2)
+            self._made[lanes, width] = program
+        if program is not self._active:
+            self.leave()
+            self._active = program
+        return program

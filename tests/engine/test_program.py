@@ -1,0 +1,171 @@
+"""Steps of fixed shapes give what steps laid out on the host give.
+
+On a CPU the program runs as it comes; on a GPU the same list of kernels is a graph (test_gpu.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from crowds import Shape, crowd
+
+from fastguide import (
+    ARGS,
+    FUDGE,
+    VAS,
+    Completion,
+    Engine,
+    FunctionGuide,
+    SamplingParams,
+    ValueGuide,
+)
+from fastguide.engine.program import LANES, WIDTHS
+from fastguide.guides import LoadContext
+from fastguide.scorer import TreeScorer
+
+Make = Callable[..., Engine]
+PROMPTS = [
+    "Once upon a time, there was a little dog named Max.",
+    "One day",
+    "The sun was hot. Lily went to the beach.",
+    "Tom",
+    "It was",
+]
+RULES = [
+    VAS(8.0, 12),
+    ARGS(4.0, 6),
+    VAS(8.0, 12, candidate_mass=0.7),
+    None,
+    VAS(-4.0, 5, "drop"),
+]
+WEIGHTS = [{"lora": 1.0}, {"full": 1.0, "lora": -0.5}, {"brief": 1.0, "lora": 1.0}, None,
+           {"full": 1.0}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engines(lora_guide: str, full_guide: str) -> tuple[Engine, Engine]:
+    """One that lays its steps out on the host, and one whose steps are of fixed shapes."""
+    guides = {"lora": ValueGuide(lora_guide), "full": ValueGuide(full_guide)}
+    guides["brief"] = ValueGuide("brief")
+    return tuple(  # type: ignore[return-value]
+        Engine("stories", guides, dtype="float32", device="cpu", way="two-phase", graphs=fixed)
+        for fixed in (False, True)
+    )
+
+
+def same(found: list[Completion], expected: list[Completion]) -> None:
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.scored == theirs.scored
+        assert [s is None for s in mine.scores] == [s is None for s in theirs.scores]
+        for name in ("scores", "logprobs", "base_logprobs", "kl"):
+            numbers = [[x for x in getattr(c, name) if x is not None] for c in (mine, theirs)]
+            assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
+
+
+def in_use(engine: Engine) -> list[int]:
+    return [cache.in_use for cache in engine.stats.caches.values()]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9, 1.6])
+def test_mixed_requests(engines: tuple[Engine, Engine], temperature: float) -> None:
+    """Rows come and go, and draw from outside of their candidates; some are not guided."""
+    samplings = [
+        SamplingParams(temperature, 6 + 7 * i, seed=i, n=1 + i % 3) for i in range(len(PROMPTS))
+    ]
+    asked = (PROMPTS, RULES, WEIGHTS, samplings)
+    expected, found = (engine.generate(*asked) for engine in engines)
+    same(found, expected)
+    assert engines[1].runner._programs is not None
+    assert engines[1].runner._programs._made
+    assert in_use(engines[1]) == [0, 0]
+
+
+def test_programs_change_with_the_number_of_rows_and_candidates(
+    engines: tuple[Engine, Engine],
+) -> None:
+    """A row goes on in another program, and with steps that no program is made for."""
+    rules = [VAS(8.0, 3), VAS(8.0, 30), VAS(8.0, 250)]
+    samplings = [SamplingParams(0.9, n, seed=n) for n in (40, 20, 9)]
+    asked = (PROMPTS[:3], rules, {"full": 1.0, "lora": 1.0}, samplings)
+    expected, found = (engine.generate(*asked) for engine in engines)
+    same(found, expected)
+    assert max(WIDTHS) < 250
+    programs = engines[1].runner._programs
+    assert programs is not None
+    assert {(1, 10), (2, 50)} <= set(programs._made)
+
+
+def test_requests_that_join_and_prefixes_that_are_shared(engines: tuple[Engine, Engine]) -> None:
+    found = []
+    for engine in engines:
+        sampling = SamplingParams(0.8, 30, seed=3, n=2)
+        requests = [
+            engine.request(prompt, VAS(6.0, 10), {"lora": 1.0, "full": 1.0}, sampling, i)
+            for i, prompt in enumerate([PROMPTS[0], PROMPTS[0] + " Max", PROMPTS[2]])
+        ]
+        for request in requests:
+            engine.loop.add(request)
+            for _ in range(7):
+                engine.loop.step()
+        engine.loop.cancel(requests[2])
+        while not engine.loop.idle:
+            engine.loop.step()
+        done = [event.completion for r in requests[:2] for event in r.news.values()]
+        found.append(sorted(done, key=lambda c: (c.prompt, c.sample)))
+        assert in_use(engine) == [0, 0]
+    same(found[1], found[0])
+
+
+@pytest.mark.parametrize("prefixes", [True, False])
+def test_a_crowd_in_a_short_pool(tiny_engine: Make, prefixes: bool) -> None:
+    shape = Shape(vocabulary=60, shared=30, own=39, new=49, weights=(None, {"g": 1.0}))
+    engine = tiny_engine(260, prefix_cache=prefixes, prefill_tokens=32, max_rows=16, graphs=True)
+    outcome = crowd(engine, 120, 1, shape)
+    assert outcome.cancelled
+    assert not outcome.errors
+    assert engine.stats.preemptions > 0
+
+
+class Ill:
+    """A guide on the tiny model's weights that gives NaN where a token of a row says so."""
+
+    def load(self, context: LoadContext) -> TreeScorer:
+        assert context.policy is not None
+
+        def head(hidden: Any) -> Any:
+            scores = hidden[:, 0] * 0
+            return scores.masked_fill(hidden[:, 1] > 1.5, math.nan)
+
+        return TreeScorer(context.policy, head)
+
+
+def test_a_row_that_fails_fails_alone(tiny_engine: Make) -> None:
+    fixed, usual = (
+        tiny_engine(guides={"ill": Ill()}, graphs=g, way="two-phase") for g in (True, False)
+    )
+    prompts = [[i % 60 + 1, (7 * i) % 60 + 1] for i in range(12)]
+    weights = [{"ill": 1.0} if i % 2 else {"g": 1.0} for i in range(12)]
+    sampling = SamplingParams(0.9, 30, seed=5, ignore_eos=True)
+    found, expected = (
+        engine.generate(prompts, VAS(3.0, 6), weights, sampling, errors="return")
+        for engine in (fixed, usual)
+    )
+    assert any(c.error for c in expected)
+    assert any(not c.error for c in expected)
+    assert [c.error for c in found] == [c.error for c in expected]
+    same(found, expected)
+    assert in_use(fixed) == [0, 0]
+
+
+def test_functions_take_the_other_way(tiny_engine: Make) -> None:
+    engine = tiny_engine(guides={"f": FunctionGuide(lambda t: 0.0, on="tokens")}, graphs=True)
+    assert engine.runner._programs is None
+    engine.generate([[1, 2]], FUDGE(), {"f": 1.0}, SamplingParams(max_tokens=2))
+
+
+def test_more_rows_than_any_program_has() -> None:
+    assert max(LANES) == 256
