@@ -61,7 +61,11 @@ SNIPPETS = [
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_python_runs(code: str) -> None:
     """Each block alone, as a reader would copy it."""
-    exec(compile(code, "block", "exec"), {})
+    try:
+        exec(compile(code, "block", "exec"), {})
+    finally:
+        if "ray" in sys.modules:  # other tests want a cluster of their own
+            sys.modules["ray"].shutdown()
 
 
 def commands() -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ FATAL = 1234
 
 @pytest.fixture(scope="module")
 def replicas() -> Iterator[Replicas]:
+    ray.shutdown()  # of whoever used it before
     ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
 
     def deadly(prefixes: Sequence[Sequence[int]]) -> list[float]:
