@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguide import kernels
 from fastguide.cache import CachedSequence
 from fastguide.config import Plain
 from fastguide.engine.rows import Row
-from fastguide.engine.sampler import Candidates, RowBatch, Step, top_candidates
+from fastguide.engine.sampler import Candidates, RowBatch, Step, draw, top_candidates
 from fastguide.kernels import TreeLayout
 from fastguide.models.attention import AttentionPlan
 from fastguide.models.decoder import Decoder
@@ -300,19 +299,7 @@ class StepProgram:
                 asked = torch.arange(ids.shape[1], device=ids.device) < batch.count[:, None]
                 values = torch.where(used[:, None] & asked, values, 0.0)
                 scores[list(self.scorers).index(name), :, : ids.shape[1]] = values
-        drawn = kernels.guide_sample(
-            logits,
-            batch.inv_temperature,
-            *candidates,
-            scores,
-            batch.guide_weights,
-            count=batch.count,
-            mode=batch.mode,
-            scale=batch.scale,
-            weight=batch.weight,
-            seed=batch.seed,
-            position=self._length,
-        )
+        drawn = draw(logits, candidates, scores, batch, self._length)
         self._out.copy_(torch.stack([column.double() for column in (*drawn, batch.count)]))
         moves = drawn.token >= 0
         self._token.copy_(torch.where(moves, drawn.token, self._token))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastguide import kernels
 from fastguide.config import RowParameters
-from fastguide.kernels import reference
+from fastguide.kernels import GuidedSample, reference
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,25 @@ def top_candidates(logits: Tensor, batch: RowBatch) -> Candidates:
     return Candidates(*kernels.topk_logsumexp(logits, width, batch.inv_temperature))
 
 
+def draw(
+    logits: Tensor, candidates: Candidates, scores: Tensor, batch: RowBatch, positions: Tensor
+) -> GuidedSample:
+    """One token per row, on the device; arguments as in ``sample``."""
+    return kernels.guide_sample(
+        logits,
+        batch.inv_temperature,
+        *candidates,
+        scores,
+        batch.guide_weights,
+        count=batch.count,
+        mode=batch.mode,
+        scale=batch.scale,
+        weight=batch.weight,
+        seed=batch.seed,
+        position=positions,
+    )
+
+
 def sample(
     logits: Tensor,
     candidates: Candidates,
@@ -159,19 +178,7 @@ def sample(
     Returns:
         a ``Step``, with token -1 in rows whose logits or scores are not finite.
     """
-    drawn = kernels.guide_sample(
-        logits,
-        batch.inv_temperature,
-        *candidates,
-        scores,
-        batch.guide_weights,
-        count=batch.count,
-        mode=batch.mode,
-        scale=batch.scale,
-        weight=batch.weight,
-        seed=batch.seed,
-        position=positions,
-    )
+    drawn = draw(logits, candidates, scores, batch, positions)
     numbers = torch.stack([column.double() for column in drawn]).tolist()  # one transfer
     tokens, sources, given, logprobs, base, kl = numbers
     whole = [int(t) for t in tokens], [int(s) for s in sources]
