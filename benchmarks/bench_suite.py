@@ -3,7 +3,7 @@
     python benchmarks/bench_suite.py [--only engine ways ...] [-- OPTIONS OF bench_engine.py]
 
 Records go to ``benchmarks/results/NAME-DEVICE.json``, plots beside them, and the tables of README
-and docs are made from them again. Leave the machine alone meanwhile: two cores take about an hour.
+and docs are made from them again. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class TreeScorer:
         self.decoder = decoder
         self.head = head
         self.context = decoder.context
-        self.vocabulary = int(decoder.model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = decoder.vocabulary
 
     def open(self, tokens: Sequence[int]) -> CachedSequence:
         """Start a request with its prompt's tokens; nothing is computed yet."""

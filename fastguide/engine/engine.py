@@ -67,7 +67,7 @@ class Engine:
         way: str = "auto",
         tensor_parallel: bool = False,
         quantize: str | None = None,
-        graphs: bool | None = None,
+        graphs: bool = False,
     ) -> None:
         """Load the policy and its guides.
 
@@ -96,9 +96,8 @@ class Engine:
             quantize: the policy's linear layers, through torchao: ``int8``, ``fp8`` or ``int4``
                 weights (the last needs bf16 on a GPU); guides say so themselves. Records then name
                 it with the policy. None leaves the weights as they are.
-            graphs: replay steps of fixed shapes as CUDA graphs, where all guides are decoders on
-                the policy's GPU; None does so on a GPU. True makes such steps on a CPU, too, but as
-                they come.
+            graphs: make steps of fixed shapes where all guides are decoders on the policy's device,
+                two-phase, and replay them as CUDA graphs on a GPU; on a CPU they run as they come.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
@@ -114,6 +113,11 @@ class Engine:
         path = assets.MODEL if model is None else model
         locate(path)
         check_scheme(quantize)
+        if graphs and (tensor_parallel or way not in ("auto", "two-phase")):
+            raise ValueError(
+                f"graphs is True with way {way!r} and tensor_parallel {tensor_parallel}; allowed "
+                "with it are auto and two-phase, and False"
+            )
         if tensor_parallel:
             check_launch(device)
             if quantize is not None:
@@ -149,8 +153,6 @@ class Engine:
             ) from error
         ranks = Ranks() if tensor_parallel else None
         self.name_or_path = assets.absolute(path)
-        if graphs is None:
-            graphs = where.type == "cuda" and not tensor_parallel
         self.runner = ModelRunner(policy, scorers, way, fixed=graphs)
         self.limits = Limits(
             vocabulary=vocabulary,

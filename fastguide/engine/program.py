@@ -1,9 +1,9 @@
 """A step of fixed shapes that needs no host: what a CUDA graph can hold.
 
-``ModelRunner`` lays each pass out on the host, which on a GPU takes longer than the pass does. Here
-the layout follows by arithmetic on the device from two numbers of each *lane*, its length and its
-last token, so a step is the same list of kernels whoever runs in it: captured once for a number of
-lanes and of candidates, and replayed.
+``ModelRunner`` lays each pass out on the host, and a device that is done with the last one waits
+for it. Here the layout follows by arithmetic on the device from two numbers of each *lane*, its
+length and its last token, so a step is the same list of kernels whoever runs in it: captured once
+for a number of lanes and of candidates, and replayed.
 
 Each lane has a *table* for the policy and one for each guide: the slots of its tokens, and behind
 them those of tokens to come. The policy reads the last token; a guide reads it, too, and the
@@ -177,7 +177,8 @@ class StepProgram:
     def _supply(self, group: Group, changed: set[int]) -> None:
         """Write the slots of tokens to come into a group's tables; all slots of new lanes."""
         _, lanes, length = group.tables.shape
-        places, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        places: list[np.ndarray] = []
+        slots: list[np.ndarray] = []
         most = sum(len(g.guides) * (g.rows + BLOCK) for g in self._groups)
         block = BLOCK if group.decoder.pool.available() >= lanes * most else 0
         for t, name in enumerate(group.guides):
@@ -192,12 +193,17 @@ class StepProgram:
                 if had < needed:
                     room = length - known - needed
                     sequence.reserve(needed - had + max(0, min(block, room)))
-                first = 0 if lane in changed else known + had
-                every = np.concatenate([sequence.slots, sequence.ahead])[first:]
-                places.append(np.arange(begin + first, begin + first + len(every)))
-                slots.append(every)
-        at = torch.from_numpy(np.concatenate(places)).to(group.tables.device)
-        if len(at):
+                elif lane not in changed:
+                    continue
+                if lane in changed:
+                    places.append(np.arange(begin, begin + known))
+                    slots.append(sequence.slots)
+                    had = 0
+                end = begin + known + len(sequence.ahead)
+                places.append(np.arange(begin + known + had, end))
+                slots.append(sequence.ahead[had:])
+        if places:
+            at = torch.from_numpy(np.concatenate(places)).to(group.tables.device)
             new = torch.from_numpy(np.concatenate(slots).astype(np.int32)).to(at.device)
             group.tables.view(-1)[at] = new
 
@@ -310,7 +316,8 @@ class StepProgram:
         """One pass of a group over ``tokens`` ``[B, R]`` of every lane: its outputs in order."""
         tracks, lanes, length = group.tables.shape
         rows = group.rows
-        tokens = tokens[:, :rows]
+        # Lanes that do not use a guide go through it all the same, within what it knows.
+        tokens = tokens[:, :rows].clamp(max=group.decoder.vocabulary - 1)
         step = torch.arange(rows, device=tokens.device)
         last = self._length[:, None] - 1
         index = last + step  # of each row's own slot
@@ -333,6 +340,8 @@ class StepProgram:
             max_rows=rows,
         )
         plan = AttentionPlan(group.decoder.pool, slots.reshape(-1).long(), layout)
+        if group.decoder.context is not None:
+            places = places.clamp(max=group.decoder.context - 1)
         ids, positions = of_all(tokens, torch.int64), of_all(places, torch.int64)
         if group.guides == [None]:
             return group.decoder.logits_of(ids, positions, plan)
@@ -375,8 +384,8 @@ class Programs:
             return None
         program = self._made.get((lanes, width))
         if program is None:
-            decoders = [self._policy, *(s.decoder for s in self._scorers.values())]
-            longest = min(d.context or d.pool.slots.capacity for d in decoders)
+            capacity = self._policy.pool.slots.capacity
+            longest = min(self._policy.context or capacity, capacity)
             program = StepProgram(self._policy, self._scorers, lanes, width, longest + width + 2)
             self._made[lanes, width] = program
         if program is not self._active:

@@ -26,11 +26,16 @@ PATIENCE = timedelta(days=365)
 """How long a rank waits for orders: an engine may have nothing to do for long."""
 
 
+_led = False
+"""Whether this process leads an engine."""
+
+
 def check_launch(device: object) -> None:
     """Refuse to share a policy out where no ranks were started, or where they are not to be.
 
     Raises:
-        ValueError: saying how to start them.
+        ValueError: saying how to start them; also for a second engine, whose ranks would never
+            meet: the others follow the first.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise ValueError(
@@ -42,6 +47,10 @@ def check_launch(device: object) -> None:
             f"device is {device!r} and tensor_parallel is True; allowed is None: "
             "each rank takes the device of its own number"
         )
+    if _led:
+        raise ValueError(
+            "a launch of torchrun has one engine with tensor_parallel; this is another"
+        )
 
 
 class Ranks:
@@ -50,7 +59,8 @@ class Ranks:
     def __init__(self) -> None:
         # Orders go through the host, whatever the models' own exchange goes through.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.leads = dist.get_rank() == 0
+        global _led
+        self.leads = _led = dist.get_rank() == 0
         """Whether this is rank 0."""
 
     def same(self, value: T) -> T:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastguide.cache import OutOfSlots
 from fastguide.engine.program import Programs, StepProgram
 from fastguide.engine.rows import Row, RowSpec
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
@@ -70,9 +71,9 @@ class ModelRunner:
         self.policy = policy
         self.scorers = dict(scorers)
         self._programs: Programs | None = None
-        if fixed and way in ("auto", "two-phase") and Programs.possible(policy, scorers):
-            way, trees = "two-phase", scorers
-            self._programs = Programs(policy, trees)  # type: ignore[arg-type]
+        if fixed and Programs.possible(policy, scorers):
+            way = "two-phase"
+            self._programs = Programs(policy, scorers)  # type: ignore[arg-type]
         self.ways = Ways(policy, self.scorers, way)
         self.seconds = {"base": 0.0, "scorer": 0.0, "rule": 0.0}
         """Time spent in each phase of all steps so far, for benchmarks."""
@@ -144,8 +145,8 @@ class ModelRunner:
             the step, and each row's composed score of its token (None if it was not scored).
         """
         program = None if self._programs is None else self._programs.of(rows)
-        if program is not None:
-            return self._replay(program, rows)
+        if program is not None and (done := self._replay(program, rows)) is not None:
+            return done
         if self._programs is not None:
             self._programs.leave()
         started = time.perf_counter()
@@ -175,14 +176,16 @@ class ModelRunner:
         known = [n > 0 and source >= 0 for n, source in zip(scored, step.sources, strict=True)]
         return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
 
-    def _replay(self, program: StepProgram, rows: list[Row]) -> tuple[Step, list[float | None]]:
-        """``step`` by a program of fixed shapes."""
-        assert self._programs is not None
+    def _replay(
+        self, program: StepProgram, rows: list[Row]
+    ) -> tuple[Step, list[float | None]] | None:
+        """``step`` by a program of fixed shapes; None if that failed, which blames nobody."""
         try:
             step, lanes = program.step(rows)
-        except BaseException:
-            self._programs.leave()
+        except (torch.OutOfMemoryError, OutOfSlots):
             raise
+        except Exception:  # laid out on the host, the step finds the row that is at fault
+            return None
         self.ways.leaping(rows, step.scored)  # counts the step
         for i, (row, lane) in enumerate(zip(rows, lanes, strict=True)):
             if step.tokens[i] < 0:

@@ -22,7 +22,7 @@ from fastguide import kernels
 from fastguide.cache import KVPool
 from fastguide.kernels import TreeLayout, dispatch, reference
 from fastguide.kernels.reference import DenseTree, dense_tree
-from fastguide.models.prefill import Packed, kernel_for, packed_attention
+from fastguide.models.prefill import Heads, Packed, kernel_for, packed_attention
 
 NAME = "fastguide"
 
@@ -156,14 +156,16 @@ def attention(
             softcap=cap,
         )
         return packed[None], None
-    kernel = None
     if plan.chains:
-        kernel = kernel_for(query[0].transpose(0, 1), key.shape[1], value.shape[3], cap)
-    if kernel is not None:
         rows = query[0].transpose(0, 1)
-        pool = pool_keys, pool_values
-        found = packed_attention(kernel, rows, *pool, plan.layout, plan.packed, scale, window, cap)
-        return found[None], None
+        sizes = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+        kernel = kernel_for(Heads(query.device, query.dtype, *sizes, bool(cap)))
+        if kernel is not None:
+            pool = pool_keys, pool_values
+            found = packed_attention(
+                kernel, rows, *pool, plan.layout, plan.packed, scale, window, cap
+            )
+            return found[None], None
     return _dense_attention(query, pool_keys, pool_values, plan, scale, window, cap)[None], None
 
 

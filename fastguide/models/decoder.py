@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -91,6 +91,9 @@ class Decoder:
         self.pool = KVPool()
         self.context = context
         self.device = model.device
+        embedding = cast(nn.Embedding, model.get_input_embeddings())
+        self.vocabulary = int(embedding.weight.shape[0])
+        """Token ids that the model knows."""
         self._shapes: KVPool | None = None
         self.adapters = AdapterBank(model.base_model)
         self._head: nn.Module | None = model.get_output_embeddings()

@@ -46,18 +46,26 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Packed, float, int, float], Tensor]
 is none) and the soft cap (0 is none): ``[N, H, D]``."""
 
 
+@functools.lru_cache
+def _torch_groups_heads() -> bool:
+    """Whether PyTorch's kernel takes fewer heads of keys than of queries, as from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def by_torch(
     query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float, window: int, cap: float
 ) -> Tensor:
     """PyTorch's own flash kernel; it has no soft cap."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = query.shape[1] // key.shape[1]
     more: dict[str, Any] = {}
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        more["enable_gqa"] = True
-    elif groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if _torch_groups_heads():
+            more["enable_gqa"] = True
+        else:
+            key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     sizes = packed.rows, packed.slots, packed.max_rows, packed.max_slots
     left = window - 1 if window else -1
     found = varlen_attn(query, key, value, *sizes, scale=scale, window_size=(left, 0), **more)
@@ -87,16 +95,30 @@ def by_flash_attn(
     return found
 
 
-def kernels_for(query: Tensor, value_width: int, cap: float) -> dict[str, Kernel]:
-    """The kernels that can take such queries, by the name of their library."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    width = query.shape[-1]
-    if not (query.is_cuda and half) or width > WIDEST_HEAD or width % 8 or width != value_width:
+class Heads(NamedTuple):
+    """What attention a model has; kernels are chosen for it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    width: int
+    """Of a query and a key."""
+    value_width: int
+    capped: bool
+
+
+@functools.lru_cache
+def kernels_for(heads: Heads) -> dict[str, Kernel]:
+    """The kernels that can take such attention, by the name of their library."""
+    half = heads.dtype in (torch.float16, torch.bfloat16)
+    fits = heads.width == heads.value_width <= WIDEST_HEAD and heads.width % 8 == 0
+    if not (heads.device.type == "cuda" and half and fits):
         return {}
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
+    if torch.cuda.get_device_capability(heads.device) < (8, 0):
         return {}
     found: dict[str, Kernel] = {}
-    if find_spec("torch.nn.attention.varlen") and not cap:
+    if find_spec("torch.nn.attention.varlen") and not heads.capped:
         found["torch"] = by_torch
     if find_spec("flash_attn"):
         found["flash-attn"] = by_flash_attn
@@ -104,26 +126,21 @@ def kernels_for(query: Tensor, value_width: int, cap: float) -> dict[str, Kernel
 
 
 @functools.lru_cache
-def fastest(
-    names: tuple[str, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    kv_heads: int,
-    width: int,
-) -> str:
-    """Which of some kernels takes least time for a chunk of 512 rows after as many, 4 times."""
-    if len(names) == 1:
-        return names[0]
+def kernel_for(heads: Heads) -> Kernel | None:
+    """The kernel for such attention, chosen once; None if there is none.
+
+    Of two, the one that takes less time for four requests of 512 rows after as many.
+    """
+    found = kernels_for(heads)
+    if len(found) < 2:
+        return next(iter(found.values()), None)
     rows, slots, requests = 512, 1024, 4
-    query = torch.randn(requests * rows, heads, width, device=device, dtype=dtype)
-    key = torch.randn(requests * slots, kv_heads, width, device=device, dtype=dtype)
+    device, dtype = heads.device, heads.dtype
+    query = torch.randn(requests * rows, heads.heads, heads.width, device=device, dtype=dtype)
+    key = torch.randn(requests * slots, heads.kv_heads, heads.width, device=device, dtype=dtype)
     starts = torch.arange(requests + 1, device=device, dtype=torch.int32)
     packed = Packed(starts * rows, starts * slots, rows, slots)
-    return min(names, key=lambda name: _seconds(BY_NAME[name], query, key, packed))
-
-
-BY_NAME: dict[str, Kernel] = {"torch": by_torch, "flash-attn": by_flash_attn}
+    return min(found.values(), key=lambda kernel: _seconds(kernel, query, key, packed))
 
 
 def _seconds(kernel: Kernel, query: Tensor, key: Tensor, packed: Packed) -> float:
@@ -135,15 +152,6 @@ def _seconds(kernel: Kernel, query: Tensor, key: Tensor, packed: Packed) -> floa
         torch.cuda.synchronize(query.device)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def kernel_for(query: Tensor, kv_heads: int, value_width: int, cap: float) -> Kernel | None:
-    """The kernel for queries ``[N, H, D]``, chosen once for their shape; None if none can."""
-    found = kernels_for(query, value_width, cap)
-    if not found:
-        return None
-    shape = query.shape[1], kv_heads, query.shape[2]
-    return found[fastest(tuple(found), query.device, query.dtype, *shape)]
 
 
 def packed_attention(

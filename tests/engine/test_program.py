@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from crowds import Shape, crowd
+from transformers import LlamaConfig, LlamaModel
 
 from fastguide import (
     ARGS,
@@ -24,9 +26,19 @@ from fastguide import (
 )
 from fastguide.engine.program import LANES, WIDTHS
 from fastguide.guides import LoadContext
+from fastguide.models.attention import NAME
+from fastguide.models.decoder import Decoder
 from fastguide.scorer import TreeScorer
 
 Make = Callable[..., Engine]
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    bos_token_id=None,
+)
 PROMPTS = [
     "Once upon a time, there was a little dog named Max.",
     "One day",
@@ -167,5 +179,69 @@ def test_functions_take_the_other_way(tiny_engine: Make) -> None:
     engine.generate([[1, 2]], FUDGE(), {"f": 1.0}, SamplingParams(max_tokens=2))
 
 
-def test_more_rows_than_any_program_has() -> None:
-    assert max(LANES) == 256
+def test_more_rows_than_any_program_has(tiny_engine: Make) -> None:
+    """They are laid out on the host, and go on in a program when enough have ended."""
+    prompts = [[i % 50 + 1, i % 7 + 1] for i in range(max(LANES) + 9)]
+    samplings = [
+        SamplingParams(0.9, 2 + i % 4, seed=i, ignore_eos=True) for i in range(len(prompts))
+    ]
+    found, expected = (
+        tiny_engine(9000, max_rows=300, graphs=graphs).generate(
+            prompts, VAS(2.0, 4), {"g": 1.0}, samplings, progress=False
+        )
+        for graphs in (True, False)
+    )
+    same(found, expected)
+
+
+class Smaller:
+    """A guide that knows fewer tokens and positions than the policy."""
+
+    def load(self, context: LoadContext) -> TreeScorer:
+        torch.manual_seed(6)
+        sizes = SIZES | {"vocab_size": 40, "max_position_embeddings": 24, "eos_token_id": None}
+        model = LlamaModel(LlamaConfig(**sizes, attn_implementation=NAME))
+        return TreeScorer(Decoder(model, 24), torch.nn.Linear(SIZES["hidden_size"], 1))
+
+
+def test_a_guide_that_knows_less_than_the_policy(tiny_engine: Make) -> None:
+    """Others' tokens and positions do not reach it; a candidate that it does not know fails."""
+    prompts = [[1, 2], [60, 61] * 20, [3, 4]]
+    weights = [{"small": 1.0}, {"g": 1.0}, {"g": 1.0}]
+    sampling = SamplingParams(0.9, 15, seed=2, ignore_eos=True)
+    found, expected = (
+        tiny_engine(guides={"small": Smaller()}, graphs=graphs, way="two-phase").generate(
+            prompts, VAS(2.0, 3), weights, sampling, errors="return"
+        )
+        for graphs in (True, False)
+    )
+    assert [c.token_ids for c in found[1:]] == [c.token_ids for c in expected[1:]]
+    assert all(c.error is None and len(c.token_ids) == 15 for c in found[1:])
+    assert (found[0].error is None) == (expected[0].error is None)
+    assert found[0].token_ids == expected[0].token_ids
+
+
+def test_a_guide_that_raises_fails_its_rows_alone(tiny_engine: Make) -> None:
+    class Raising(Ill):
+        def load(self, context: LoadContext) -> TreeScorer:
+            assert context.policy is not None
+
+            def head(hidden: torch.Tensor) -> torch.Tensor:
+                raise ZeroDivisionError("no score")
+
+            return TreeScorer(context.policy, head)
+
+    engine = tiny_engine(guides={"bad": Raising()}, graphs=True)
+    prompts, weights = [[1, 2], [3, 4], [5, 6]], [{"bad": 1.0}, {"g": 1.0}, None]
+    rules = [VAS(2.0), VAS(2.0), None]
+    sampling = SamplingParams(0.9, 6, seed=1, ignore_eos=True)
+    bad, good, plain = engine.generate(prompts, rules, weights, sampling, errors="return")
+    assert bad.error is not None
+    assert "guide 'bad' failed" in bad.error
+    assert len(good.token_ids) == len(plain.token_ids) == 6
+    assert in_use(engine) == [0, 0]
+
+
+def test_what_graphs_cannot_be_had_with() -> None:
+    with pytest.raises(ValueError, match="graphs is True with way 'one-pass'"):
+        Engine(graphs=True, way="one-pass")

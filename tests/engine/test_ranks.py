@@ -38,11 +38,19 @@ async def serve(engine):
         left.cancel()
         return await served.generate(prompts[1], rules[1], weights[1], sampling)
 
+def another():
+    try:
+        Engine("stories", tensor_parallel=True)
+    except ValueError as error:
+        return str(error)
+    return "made"
+
 served = asyncio.run(serve(engine))
 stats = engine.stats
 with open(out, "w") as file:
     json.dump({
         "policy": engine.policy,
+        "another": another(),
         "tokens": [c.token_ids for c in [*done, *again, *served]],
         "ways": stats.ways,
         "in_use": [cache.in_use for cache in stats.caches.values()],
@@ -75,6 +83,7 @@ def test_two_processes_give_the_tokens_of_one(
     both, alone = found
     assert both["policy"] == alone["policy"]
     assert both["tokens"] == alone["tokens"]
+    assert "this is another" in both["another"]  # a second engine would wait for ranks that follow
     assert not any(both["in_use"])
     assert any(both["reused"])
     if way != "auto":

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastguide.cache import KVPool
 from fastguide.kernels import TreeLayout, reference
-from fastguide.models import attention as attention_module, prefill
+from fastguide.models import attention as attention_module
 from fastguide.models.attention import AttentionPlan, attention
-from fastguide.models.prefill import Packed, fastest, kernels_for, packed_attention
+from fastguide.models.prefill import Heads, Packed, kernel_for, kernels_for, packed_attention
 
 
 def layout_of(requests: list[tuple[int, int]], pool: int, device: str = "cpu") -> TreeLayout:
@@ -103,7 +103,9 @@ def test_only_chains_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_no_kernel_can_take() -> None:
-    assert kernels_for(torch.randn(3, 4, 64), 64, 0.0) == {}
+    heads = Heads(torch.device("cpu"), torch.bfloat16, 4, 4, 64, 64, capped=False)
+    assert kernels_for(heads) == {}
+    assert kernel_for(heads) is None
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -119,7 +121,8 @@ def test_kernels_on_a_gpu(requests: list[tuple[int, int]], window: int, kv_heads
     layout = layout_of(requests, 400, "cuda")
     keys, values = torch.randn(2, 400, kv_heads, 64, device="cuda").bfloat16().unbind()
     query = torch.randn(len(layout.trunk), 4, 64, device="cuda").bfloat16()
-    every = kernels_for(query, 64, 0.0)
+    heads = Heads(query.device, query.dtype, 4, kv_heads, 64, 64, capped=False)
+    every = kernels_for(heads)
     assert every, "PyTorch brings one"
     expected = reference.tree_attention(
         query.double(), keys.double(), values.double(), layout, scaling=0.125, window=window
@@ -129,5 +132,4 @@ def test_kernels_on_a_gpu(requests: list[tuple[int, int]], window: int, kv_heads
             kernel, query, keys, values, layout, Packed.of(layout), 0.125, window, 0.0
         )
         torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
-    name = fastest(tuple(every), query.device, query.dtype, 4, kv_heads, 64)
-    assert prefill.BY_NAME[name] in every.values()
+    assert kernel_for(heads) in every.values()
