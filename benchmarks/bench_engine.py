@@ -190,13 +190,11 @@ def main() -> None:
 
 def read_arguments() -> argparse.Namespace:
     """The command line, with what belongs together."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     parser.add_argument("--profile", action="store_true", help="only say where a step's time goes")
     group = parser.add_argument_group("baselines, at batch 1")
     group.add_argument("--baselines", action=argparse.BooleanOptionalAction, default=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import record
-import torch
 from engines import load, write_models
 from phases import profile, show_profile
 from rich.console import Console
@@ -192,7 +191,7 @@ def show(found: dict[str, Any]) -> None:
 def main() -> None:
     """Run the benchmark and, with --save, keep its record."""
     parts = ("mixed", "latency", "profile", "adaptive")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--part", nargs="+", choices=parts, default=parts)
     parser.add_argument("--requests", type=int, default=64, help="mixed ones")
     parser.add_argument("--concurrent", type=int, nargs="+", default=CONCURRENT)
@@ -201,8 +200,6 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=64)
     parser.add_argument("--samples", type=int, default=4, help="of each story")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     asked = parser.parse_args()
     whole: dict[str, Any] = {
         "benchmark": "serving",

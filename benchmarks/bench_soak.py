@@ -8,13 +8,11 @@ Every request must end exactly once, all slots must come back, and memory must s
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 import record
-import torch
 from crowds import Shape, crowd
 from rich.console import Console
 
@@ -38,11 +36,9 @@ def resident() -> float:
 
 def main() -> None:
     """Run the crowd and, with --save, keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     asked = parser.parse_args()
     probe = Engine(device=asked.device, dtype="float32")
     each = sum(probe.loop.caches.slot_bytes().values())

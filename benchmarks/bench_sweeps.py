@@ -135,7 +135,7 @@ LABELS = {
 
 def main() -> None:
     """Run the sweeps and, with --save, keep their record and draw them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--candidates", type=int, nargs="+", default=CANDIDATES)
@@ -143,8 +143,6 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     asked = parser.parse_args()
     whole: dict[str, Any] = {
         "benchmark": "sweeps",

@@ -167,13 +167,11 @@ def floor(weights: int, rows: int, roof: dict[str, float], size: int = 2) -> flo
 
 def main() -> None:
     """Run the benchmark and, with --save, keep its record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = record.parser(__doc__)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--k", type=int, default=20)
     parser.add_argument("--steps", type=int, default=32)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
     arguments = parser.parse_args()
     cases = build_cases(arguments.device)
     roof = record.rooflines(torch.bfloat16, arguments.device)

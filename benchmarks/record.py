@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,14 @@ import torch
 import transformers
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that runs on one device and may save a record."""
+    options = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME.json")
+    return options
 
 
 def spread(seconds: Sequence[float], digits: int = 3) -> dict[str, float]:
