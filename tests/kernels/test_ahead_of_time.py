@@ -29,6 +29,6 @@ def test_the_kernels_that_matter_most_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sm", ["80", "90", "100"])
-def test_every_kind_of_launch_compiles(tmp_path: Path, sm: str) -> None:
-    compile_all(tmp_path, "--every", "--sm", sm)
+def test_every_kind_of_launch_compiles(tmp_path: Path) -> None:
+    """For one GPU, as it takes minutes; others differ only in what the kernels become."""
+    compile_all(tmp_path, "--every", "--sm", "90")
