@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,9 +45,9 @@ def chatting(stories: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def _guide(folder: Path, base: str, seed: int, lora_rank: int | None) -> str:
+def _guide(folder: Path, base: str, seed: int, **options: Any) -> str:
     torch.manual_seed(seed)
-    model = ValueModel.create(base, lora_rank=lora_rank)
+    model = ValueModel.create(base, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -67,3 +68,9 @@ def lora_guide(stories: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def full_guide(stories: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a value guide with full weights and a random head."""
     return _guide(tmp_path_factory.mktemp("full"), stories, 2, lora_rank=None)
+
+
+@pytest.fixture(scope="session")
+def head_guide(stories: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random head on the frozen story model."""
+    return _guide(tmp_path_factory.mktemp("head"), stories, 3, freeze=True)

@@ -64,8 +64,9 @@ def test_a_guide_on_another_device_reads_while_the_policy_does(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("way", ["one-pass", "two-phase"])
 def test_graphs_draw_the_same_tokens(
-    stories: str, lora_guide: str, full_guide: str, temperature: float
+    stories: str, lora_guide: str, full_guide: str, way: str, temperature: float
 ) -> None:
     """Replayed steps, rows that come and go, beside steps laid out on the host."""
     guides = {"lora": ValueGuide(lora_guide), "full": ValueGuide(full_guide)}
@@ -74,15 +75,13 @@ def test_graphs_draw_the_same_tokens(
     sampling = [SamplingParams(temperature, 10 + 9 * i, seed=i, n=1 + i) for i in range(3)]
     found = []
     for graphs in (False, True):
-        engine = Engine(
-            stories, guides, dtype="float32", device="cuda", way="two-phase", graphs=graphs
-        )
+        engine = Engine(stories, guides, dtype="float32", device="cuda", way=way, graphs=graphs)
         for _ in range(2):
             outputs = engine.generate(PROMPTS, rules, weights, sampling)
             found.append([c.token_ids for c in outputs])
         programs = engine.runner._programs
         assert (programs is not None) == graphs
         if programs is not None:
-            assert all(program._graph is not None for program in programs._made.values())
+            assert all(program._graphs for program in programs._made.values())
         assert all(cache.in_use == 0 for cache in engine.stats.caches.values())
     assert found[0] == found[1] == found[2] == found[3]

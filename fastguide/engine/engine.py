@@ -97,7 +97,7 @@ class Engine:
                 weights (the last needs bf16 on a GPU); guides say so themselves. Records then name
                 it with the policy. None leaves the weights as they are.
             graphs: make steps of fixed shapes where all guides are decoders on the policy's device,
-                two-phase, and replay them as CUDA graphs on a GPU; on a CPU they run as they come.
+                and replay them as CUDA graphs on a GPU; on a CPU they run as they come.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
@@ -113,10 +113,10 @@ class Engine:
         path = assets.MODEL if model is None else model
         locate(path)
         check_scheme(quantize)
-        if graphs and (tensor_parallel or way not in ("auto", "two-phase")):
+        if graphs and (tensor_parallel or way == "overlap"):
             raise ValueError(
                 f"graphs is True with way {way!r} and tensor_parallel {tensor_parallel}; allowed "
-                "with it are auto and two-phase, and False"
+                "with it are auto, one-pass and two-phase, and False"
             )
         if tensor_parallel:
             check_launch(device)

@@ -9,13 +9,17 @@ Each lane has a *table* for the policy and one for each guide: the slots of its 
 them those of tokens to come. The policy reads the last token; a guide reads it, too, and the
 candidates in slots of tokens to come. Whichever is drawn is read again as the next step's last
 token, one row more for each guide, so that nothing moves and no draw is waited for.
+
+Where rows *leap* (``ways``), the policy reads the candidates in one pass with the guides on its
+weights, and the state of the one drawn gives the next logits: the lane is *open*. A lane that drew
+another token, or is new, has the policy read its last token first, as all have in other programs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +47,19 @@ class Group(NamedTuple):
     guides: list[str | None]
     """In the order of their adapters; None is the policy."""
     rows: int
-    """Of a lane in a pass: its last token, and its candidates."""
+    """Of a lane in a pass: its last token, and its candidates, if any."""
     tables: Tensor
     """``[T, B, L]`` int32."""
     segments: Tensor | None
     """Of the rows of each adapter."""
+
+
+class Captured(NamedTuple):
+    """A step as a graph, and what it leaves beside its numbers."""
+
+    graph: torch.cuda.CUDAGraph
+    candidates: Candidates
+    scores: Tensor
 
 
 class StepProgram:
@@ -60,6 +72,7 @@ class StepProgram:
         lanes: int,
         width: int,
         length: int,
+        leapers: Collection[str] = (),
     ) -> None:
         """Allocate all that a step reads and writes.
 
@@ -69,28 +82,35 @@ class StepProgram:
             lanes: B.
             width: K, most candidates that guides read.
             length: L, most tokens of a lane, candidates included.
+            leapers: guides on the policy's weights whose rows leap; none in two-phase steps.
         """
         self.policy, self.scorers = policy, dict(scorers)
         self.lanes, self.width = lanes, width
+        self.leapers = frozenset(leapers)
         # Rows without guides want more candidates than guides read, to draw from.
         self._columns = max(width, Plain().lower(1.0).k) + 1
         self.rows: list[Row | None] = [None] * lanes
         device = policy.device
         self._length = torch.ones(lanes, dtype=torch.int64, device=device)
         self._token = torch.zeros(lanes, dtype=torch.int64, device=device)
-        self._groups = [self._group(policy, [None], 1, length)]
-        decoders = {id(s.decoder): s.decoder for s in self.scorers.values()}
-        for decoder in decoders.values():
-            guides = [name for name, s in self.scorers.items() if s.decoder is decoder]
-            guides.sort(key=lambda name: -1 if (a := self.scorers[name].adapter) is None else a)
-            self._groups.append(self._group(decoder, guides, 1 + width, length))
+        self._reads = torch.zeros(lanes, dtype=torch.int64, device=device)
+        """How many of its candidates the policy reads."""
+        self._open = torch.zeros(lanes, dtype=torch.bool, device=device)
+        self._known = [False] * lanes
+        """The same, as the host knows it."""
+        self._logits: Tensor | None = None
+        """``[B, V]``, of open lanes."""
+        self._groups = self._grouped(length)
+        own = self._groups[0]
+        self._first = own._replace(guides=[None], rows=1, tables=own.tables[:1], segments=None)
+        """The policy's last tokens."""
         self._batch = self._row_batch()
-        self._out = torch.zeros(7, lanes, dtype=torch.float64, device=device)
+        self._out = torch.zeros(8, lanes, dtype=torch.float64, device=device)
         self.candidates: Candidates | None = None
         """Of the last step."""
         self.scores: Tensor | None = None
         """``[G, B, columns]`` of the last step."""
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[bool, Captured] = {}
         self._capturable = True
 
     # ----------------------------------------------------------------------------- the host's part
@@ -105,11 +125,13 @@ class StepProgram:
             OutOfSlots: a pool is too short for the tokens to come.
         """
         self._seat(rows)
-        self._launch()
         at = {id(row): lane for lane, row in enumerate(self.rows) if row is not None}
         lanes = [at[id(row)] for row in rows]
+        self._launch(first=not all(self._known[lane] for lane in lanes))
         numbers = self._out[:, lanes].tolist()  # waits for the device
-        tokens, sources, scores, logprobs, base, kl, counts = numbers
+        tokens, sources, scores, logprobs, base, kl, counts, known = numbers
+        for lane, still in zip(lanes, known, strict=True):
+            self._known[lane] = bool(still)
         for row, token in zip(rows, tokens, strict=True):
             if token >= 0:
                 for sequence in self._sequences(row):
@@ -149,8 +171,10 @@ class StepProgram:
             at = torch.tensor(list(new), device=self._length.device, dtype=torch.int64)
             lengths = torch.tensor([len(row.sequence) for row in new.values()], dtype=torch.int64)
             last = torch.tensor([row.sequence.tokens[-1] for row in new.values()])
+            reads = [self._read_by_policy(row) for row in new.values()]
             self._length[at] = lengths.to(at.device)
             self._token[at] = last.to(at.device, torch.int64)
+            self._reads[at] = torch.tensor(reads, dtype=torch.int64).to(at.device)
         for group in self._groups:
             self._supply(group, set(changed))
 
@@ -173,6 +197,13 @@ class StepProgram:
         for group in self._groups:
             group.tables[:, at] = group.decoder.pool.spare
         self._length[at], self._token[at] = 1, 0
+        self._reads[at], self._open[at] = 0, False
+        for lane in lanes:
+            self._known[lane] = False
+
+    def _read_by_policy(self, row: Row) -> int:
+        """How many candidates of a row the policy reads."""
+        return 0 if self.leapers.isdisjoint(row.weights) else row.parameters.k
 
     def _supply(self, group: Group, changed: set[int]) -> None:
         """Write the slots of tokens to come into a group's tables; all slots of new lanes."""
@@ -187,7 +218,8 @@ class StepProgram:
                 if row is None or sequence is None:
                     continue
                 # Candidates past the row's own are read in the spare slot.
-                needed = 1 + (0 if name is None else row.parameters.k)
+                k = self._read_by_policy(row) if name is None else row.parameters.k
+                needed = 1 + k
                 begin, known = (t * lanes + lane) * length, len(sequence) - 1
                 had = len(sequence.ahead)
                 if had < needed:
@@ -235,85 +267,134 @@ class StepProgram:
 
     # --------------------------------------------------------------------------- the device's part
 
-    def _group(
-        self, decoder: Decoder, guides: Sequence[str | None], rows: int, length: int
-    ) -> Group:
-        shape = len(guides), self.lanes, length
-        tables = torch.full(shape, decoder.pool.spare, dtype=torch.int32, device=decoder.device)
-        adapters = [None if name is None else self.scorers[name].adapter for name in guides]
-        segments = None
-        if any(adapter is not None for adapter in adapters):
-            numbers = np.repeat([-1 if a is None else a for a in adapters], self.lanes * rows)
-            edges = np.searchsorted(numbers, np.arange(len(decoder.adapters) + 1))
-            segments = torch.from_numpy(edges.astype(np.int32)).to(decoder.device)
-        return Group(decoder, list(guides), rows, tables, segments)
+    def _grouped(self, length: int) -> list[Group]:
+        """All that goes through models in a step: the policy, then guides by their decoders."""
 
-    def _launch(self) -> None:
+        def adapter_of(name: str | None) -> int:
+            adapter = None if name is None else self.scorers[name].adapter
+            return -1 if adapter is None else adapter
+
+        of_policy: list[str | None] = [None]
+        # Heads on the policy's states need no rows of their own where it reads the candidates.
+        of_policy += [name for name in self.leapers if adapter_of(name) >= 0]
+        decoders: dict[int, tuple[Decoder, list[str | None]]] = {}
+        for name, scorer in self.scorers.items():
+            if name not in self.leapers:
+                decoders.setdefault(id(scorer.decoder), (scorer.decoder, []))[1].append(name)
+        parts = [(self.policy, of_policy), *decoders.values()]
+        groups = []
+        for decoder, guides in parts:
+            guides.sort(key=adapter_of)
+            rows = 1 if guides == [None] and not self.leapers else 1 + self.width
+            numbers = np.repeat([adapter_of(name) for name in guides], self.lanes * rows)
+            shape = len(guides), self.lanes, length
+            tables = torch.full(shape, decoder.pool.spare, dtype=torch.int32, device=decoder.device)
+            segments = None
+            if max(numbers) >= 0:
+                edges = np.searchsorted(numbers, np.arange(len(decoder.adapters) + 1))
+                segments = torch.from_numpy(edges.astype(np.int32)).to(decoder.device)
+            groups.append(Group(decoder, guides, rows, tables, segments))
+        return groups
+
+    def _launch(self, first: bool) -> None:
         """A step: on a GPU the graph of it, which the first one captures."""
-        if self.policy.device.type == "cuda" and self._graph is None and self._capturable:
+        captured = self._graphs.get(first)
+        if captured is None and self.policy.device.type == "cuda" and self._capturable:
             try:
-                self._graph = self._capture()
+                captured = self._graphs[first] = self._capture(first)
             except RuntimeError as error:  # something in a model waits for the device
                 self._capturable = False
                 warnings.warn(
                     f"steps are not replayed as CUDA graphs: {one_line(error)}", stacklevel=2
                 )
-        if self._graph is not None:
-            self._graph.replay()
+        if captured is not None:
+            captured.graph.replay()
+            self.candidates, self.scores = captured.candidates, captured.scores
         else:
-            self._compute()
+            self.candidates, self.scores = self._compute(first)
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, first: bool) -> Captured:
         """The step as a graph; the lanes are left as they were."""
-        held, device = (self._length.clone(), self._token.clone()), self.policy.device
+        device, state = self.policy.device, [self._length, self._token, self._open]
+        if self._logits is not None:
+            state.append(self._logits)
+        held = [column.clone() for column in state]
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # kernels are compiled, and libraries take their memory
             for _ in range(2):
-                self._compute()
-                self._length.copy_(held[0])
-                self._token.copy_(held[1])
+                self._compute(first)
+                for column, before in zip(state, held, strict=True):
+                    column.copy_(before)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._compute()
-        return graph
+            left = self._compute(first)
+        return Captured(graph, *left)
 
     @torch.inference_mode()
-    def _compute(self) -> None:
-        """The step itself: nothing in it depends on numbers that only the device has."""
-        own, *guides = self._groups
-        logits = self._pass(own, self._token[:, None])
+    def _compute(self, first: bool) -> tuple[Candidates, Tensor]:
+        """The step itself: nothing in it depends on numbers that only the device has.
+
+        Args:
+            first: whether the policy reads the last tokens first, for lanes that are not open.
+
+        Returns:
+            the candidates, and what guides say of them, ``[G, B, columns]`` fp32.
+        """
+        logits = self._policy_logits(first)
         candidates = top_candidates(logits, self._batch)
         batch = self._batch.narrowed(candidates)
-        width = candidates.values.shape[1]
         ids = candidates.ids[:, : self.width].clamp(min=0).long()
         tokens = torch.cat([self._token[:, None], ids], 1)
+        states: dict[str | None, Tensor] = {}
+        for group in self._groups:
+            if group.rows > 1:
+                hidden = self._pass(group, tokens).view(len(group.guides), *tokens.shape, -1)
+                states.update(zip(group.guides, hidden, strict=True))
         scores = candidates.values.new_zeros(
-            len(self.scorers), self.lanes, width, dtype=torch.float32
+            len(self.scorers), *candidates.values.shape, dtype=torch.float32
         )
-        for group in guides:
-            hidden = self._pass(group, tokens)
-            hidden = hidden.view(len(group.guides), *tokens.shape, -1)[:, :, 1:]
-            for t, name in enumerate(group.guides):
-                assert name is not None
-                scorer = self.scorers[name]
-                values = scorer.values(hidden[t].flatten(0, 1)).view(ids.shape)
-                # A token that the guide does not know has no score, which its row is told.
-                values = values.masked_fill(ids >= scorer.vocabulary, float("nan"))
-                used = batch.guide_weights[list(self.scorers).index(name)] != 0
-                asked = torch.arange(ids.shape[1], device=ids.device) < batch.count[:, None]
-                values = torch.where(used[:, None] & asked, values, 0.0)
-                scores[list(self.scorers).index(name), :, : ids.shape[1]] = values
+        asked = torch.arange(ids.shape[1], device=ids.device) < batch.count[:, None]
+        for g, (name, scorer) in enumerate(self.scorers.items()):
+            read = states[name if name in states else None][:, 1:]
+            values = scorer.values(read.flatten(0, 1)).view(ids.shape)
+            # A token that the guide does not know has no score, which its row is told.
+            values = values.masked_fill(ids >= scorer.vocabulary, float("nan"))
+            used = batch.guide_weights[g] != 0
+            scores[g, :, : ids.shape[1]] = torch.where(used[:, None] & asked, values, 0.0)
         drawn = draw(logits, candidates, scores, batch, self._length)
-        self._out.copy_(torch.stack([column.double() for column in (*drawn, batch.count)]))
         moves = drawn.token >= 0
+        if self.leapers:
+            self._open.copy_((drawn.source >= 0) & (drawn.source < self._reads))
+            place = (drawn.source.long() + 1).clamp(0, ids.shape[1])
+            at = place[:, None, None].expand(-1, 1, states[None].shape[-1])
+            assert self._logits is not None
+            self._logits.copy_(self.policy.logits(states[None].gather(1, at)[:, 0]))
+        columns = [column.double() for column in (*drawn, batch.count, self._open)]
+        self._out.copy_(torch.stack(columns))
         self._token.copy_(torch.where(moves, drawn.token, self._token))
         self._length.add_(moves.long())
-        self.candidates, self.scores = candidates, scores
+        return candidates, scores
+
+    def _policy_logits(self, first: bool) -> Tensor:
+        """``[B, V]``: of last tokens read now, unless the lane is open."""
+        if not first:
+            assert self._logits is not None
+            return self._logits
+        fresh = self._pass(self._first, self._token[:, None])
+        if not self.leapers:
+            return fresh
+        if self._logits is None:
+            self._logits = fresh.clone()
+        return torch.where(self._open[:, None], self._logits, fresh)
 
     def _pass(self, group: Group, tokens: Tensor) -> Tensor:
-        """One pass of a group over ``tokens`` ``[B, R]`` of every lane: its outputs in order."""
+        """One pass of a group over ``tokens`` ``[B, R]`` of every lane.
+
+        Returns:
+            hidden states in order; of a group of one row for each lane, the policy's logits.
+        """
         tracks, lanes, length = group.tables.shape
         rows = group.rows
         # Lanes that do not use a guide go through it all the same, within what it knows.
@@ -343,7 +424,7 @@ class StepProgram:
         if group.decoder.context is not None:
             places = places.clamp(max=group.decoder.context - 1)
         ids, positions = of_all(tokens, torch.int64), of_all(places, torch.int64)
-        if group.guides == [None]:
+        if rows == 1:
             return group.decoder.logits_of(ids, positions, plan)
         return group.decoder.states_of(ids, positions, plan, group.segments)
 
@@ -352,13 +433,19 @@ LANES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 WIDTHS = (1, 10, 20, 50, 100, 200)
 """Numbers of lanes and candidates that there are programs for; others take the next larger."""
 
+MOST = 64
+"""Programs that are kept; the one that was used longest ago goes first."""
+
 
 class Programs:
-    """The programs of a policy and its guides, made as they are needed."""
+    """The programs of a policy and the guides in use, made as they are needed."""
 
-    def __init__(self, policy: Decoder, scorers: Mapping[str, TreeScorer]) -> None:
+    def __init__(
+        self, policy: Decoder, scorers: Mapping[str, TreeScorer], leapers: Collection[str] = ()
+    ) -> None:
         self._policy, self._scorers = policy, dict(scorers)
-        self._made: dict[tuple[int, int], StepProgram] = {}
+        self._leapers = frozenset(leapers)
+        self._made: dict[tuple[int, int, bool, tuple[str, ...]], StepProgram] = {}
         self._active: StepProgram | None = None
 
     @staticmethod
@@ -375,19 +462,30 @@ class Programs:
             self._active.leave()
             self._active = None
 
-    def of(self, rows: Sequence[Row]) -> StepProgram | None:
-        """The program that rows are stepped by; None if there is none so large."""
+    def of(self, rows: Sequence[Row], leap: bool = False) -> StepProgram | None:
+        """The program that rows are stepped by; None if there is none so large.
+
+        Args:
+            rows: of the step.
+            leap: whether those that can leap do.
+        """
         k = max((row.parameters.k for row in rows if row.weights), default=1)
         lanes = next((n for n in LANES if n >= len(rows)), None)
         width = next((n for n in WIDTHS if n >= k), None)
         if lanes is None or width is None:
             return None
-        program = self._made.get((lanes, width))
+        used = set().union(*(row.weights for row in rows))
+        scorers = {name: s for name, s in self._scorers.items() if name in used}
+        key = lanes, width, leap, tuple(scorers)
+        program = self._made.pop(key, None)
         if program is None:
+            while len(self._made) >= MOST:
+                del self._made[next(iter(self._made))]
             capacity = self._policy.pool.slots.capacity
-            longest = min(self._policy.context or capacity, capacity)
-            program = StepProgram(self._policy, self._scorers, lanes, width, longest + width + 2)
-            self._made[lanes, width] = program
+            length = min(self._policy.context or capacity, capacity) + width + 2
+            leapers = self._leapers.intersection(scorers) if leap else ()
+            program = StepProgram(self._policy, scorers, lanes, width, length, leapers)
+        self._made[key] = program  # the last one used comes last
         if program is not self._active:
             self.leave()
             self._active = program

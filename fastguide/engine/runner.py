@@ -8,14 +8,14 @@ scores in and draws, ``append`` commits.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastguide.cache import OutOfSlots
-from fastguide.engine.program import Programs, StepProgram
+from fastguide.engine.program import Programs
 from fastguide.engine.rows import Row, RowSpec
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
 from fastguide.engine.ways import Ways
@@ -65,16 +65,15 @@ class ModelRunner:
             policy: a causal language model.
             scorers: loaded guides by name.
             way: how guides on the policy's weights run, one of ``ways.WAYS``.
-            fixed: make steps of fixed shapes where that is possible, on a GPU as CUDA graphs; they
-                are two-phase. The pools of all models must be of fixed size before the first step.
+            fixed: make steps of fixed shapes where that is possible, on a GPU as CUDA graphs. The
+                pools of all models must be of fixed size before the first step.
         """
         self.policy = policy
         self.scorers = dict(scorers)
         self._programs: Programs | None = None
-        if fixed and Programs.possible(policy, scorers):
-            way = "two-phase"
-            self._programs = Programs(policy, scorers)  # type: ignore[arg-type]
         self.ways = Ways(policy, self.scorers, way)
+        if fixed and Programs.possible(policy, scorers):
+            self._programs = Programs(policy, scorers, self.ways.leapers)  # type: ignore[arg-type]
         self.seconds = {"base": 0.0, "scorer": 0.0, "rule": 0.0}
         """Time spent in each phase of all steps so far, for benchmarks."""
         self._batch: tuple[list[Row], RowBatch] | None = None
@@ -144,10 +143,9 @@ class ModelRunner:
         Returns:
             the step, and each row's composed score of its token (None if it was not scored).
         """
-        program = None if self._programs is None else self._programs.of(rows)
-        if program is not None and (done := self._replay(program, rows)) is not None:
-            return done
         if self._programs is not None:
+            if (done := self._replay(self._programs, rows)) is not None:
+                return done
             self._programs.leave()
         started = time.perf_counter()
         whole = self._row_batch(rows)
@@ -156,7 +154,8 @@ class ModelRunner:
         counts = batch.count.tolist()
         pairs = zip(rows, counts, strict=True)
         scored = [0 if not row.weights or row.settled(n) else n for row, n in pairs]
-        leaping = self.ways.leaping(rows, counts)
+        way, leaping = self.ways.choose(rows, counts)
+        self.ways.taken[way] += 1
         based = time.perf_counter()
         scores, states = self._score(opened, counts, scored, leaping)
         judged = time.perf_counter()
@@ -165,7 +164,8 @@ class ModelRunner:
         step = sample(opened.logits, opened.candidates, scores, batch, positions, scored)
         for i, row in enumerate(rows):
             if step.tokens[i] < 0 and row.error is None:
-                row.error = self._failure(row, opened.candidates.lse[i], scores[:, i])
+                of_row = dict(zip(self.scorers, scores[:, i], strict=True))
+                row.error = _failure(row, opened.candidates.lse[i], of_row)
             if row.error is None:
                 row.append(step.tokens[i])
         self._opened = self._ahead(rows, whole, step, leaping, states)
@@ -177,23 +177,27 @@ class ModelRunner:
         return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
 
     def _replay(
-        self, program: StepProgram, rows: list[Row]
+        self, programs: Programs, rows: list[Row]
     ) -> tuple[Step, list[float | None]] | None:
-        """``step`` by a program of fixed shapes; None if that failed, which blames nobody."""
+        """``step`` by a program of fixed shapes; None if there is none, or it blames nobody."""
+        way, leaping = self.ways.choose(rows, [row.parameters.k for row in rows])
+        program = programs.of(rows, bool(leaping))
+        if program is None:
+            return None
+        self._opened = None
         try:
             step, lanes = program.step(rows)
         except (torch.OutOfMemoryError, OutOfSlots):
             raise
         except Exception:  # laid out on the host, the step finds the row that is at fault
             return None
-        self.ways.leaping(rows, step.scored)  # counts the step
+        self.ways.taken[way] += 1
         for i, (row, lane) in enumerate(zip(rows, lanes, strict=True)):
             if step.tokens[i] < 0:
                 assert program.candidates is not None
                 assert program.scores is not None
-                row.error = self._failure(
-                    row, program.candidates.lse[lane], program.scores[:, lane]
-                )
+                scores = dict(zip(program.scorers, program.scores[:, lane], strict=True))
+                row.error = _failure(row, program.candidates.lse[lane], scores)
         known = [n > 0 and source >= 0 for n, source in zip(step.scored, step.sources, strict=True)]
         return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
 
@@ -230,22 +234,6 @@ class ModelRunner:
         hidden = torch.stack([states[i][step.sources[i]] for i in kept])
         logits = self.policy.logits(hidden)
         return Opened([rows[i] for i in kept], logits, top_candidates(logits, batch.select(kept)))
-
-    def _failure(self, row: Row, lse: Tensor, scores: Tensor) -> str:
-        """Why a row gave no token: its log-sum-exp, or its scores ``[G, K]``, are not finite."""
-        if not bool(torch.isfinite(lse)):
-            return (
-                f"the model gave logits that are not finite at step {row.steps}; "
-                "try another dtype, such as bfloat16 or float32"
-            )
-        for name, given in zip(self.scorers, scores[:, : row.parameters.k], strict=True):
-            bad = given[~torch.isfinite(given)]
-            if len(bad) and row.weights.get(name):
-                return (
-                    f"guide {name!r} gave {float(bad[0])} at step {row.steps}; "
-                    "allowed are finite scores"
-                )
-        raise AssertionError("a row without a token has a log-sum-exp or a score at fault")
 
     def _row_batch(self, rows: list[Row]) -> RowBatch:
         if self._batch is None or self._batch[0] != rows:
@@ -291,10 +279,15 @@ class ModelRunner:
                 ]
                 if name in self.ways.inside:
                     users = [i for i in users if i not in states]
-                if users and name in names:
-                    wanted = [ids[i][: scored[i]] for i in users]
-                    given = self._score_rows(name, scorer, rows, users, wanted)
-                    found.extend((g, i, part) for i, part in given)
+                if not (users and name in names):
+                    continue
+
+                def give(some: list[int], name: str = name, scorer: Scorer = scorer) -> Any:
+                    wanted = [ids[i][: scored[i]] for i in some]
+                    return scorer.score([rows[i].states[name] for i in some], wanted)
+
+                given = _blaming(name, rows, users, give)
+                found.extend((g, i, part) for i, part in given)
 
         # Other devices are given their work first, and are waited for last.
         ask(self.ways.beside)
@@ -345,26 +338,58 @@ class ModelRunner:
                 continue
             assert isinstance(scorer, TreeScorer)
             stateless = self.ways.stateless(name)
-            mine = [states[i] if stateless else next(parts) for i in users[g]]
-            values = scorer.values(torch.cat(mine)).split([len(part) for part in mine])
-            yield from ((g, i, found) for i, found in zip(users[g], values, strict=True))
+            mine = {i: states[i] if stateless else next(parts) for i in users[g]}
 
-    def _score_rows(
-        self, name: str, scorer: Scorer, rows: list[Row], users: list[int], wanted: list[list[int]]
-    ) -> list[tuple[int, Tensor]]:
-        """Each user's scores; a row whose scores cannot be had fails alone."""
-        try:
-            results = scorer.score([rows[i].states[name] for i in users], wanted)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if len(users) > 1:  # find the culprit: the others go on
-                each = zip(users, wanted, strict=True)
-                return [
-                    p for i, ids in each for p in self._score_rows(name, scorer, rows, [i], [ids])
-                ]
-            row = rows[users[0]]
-            what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            row.error = f"guide {name!r} failed at step {row.steps}: {what}"
-            return []
-        return list(zip(users, results, strict=True))
+            def give(
+                some: list[int], values: Any = scorer.values, mine: dict[int, Tensor] = mine
+            ) -> Any:
+                read = [mine[i] for i in some]
+                return values(torch.cat(read)).split([len(part) for part in read])
+
+            yield from ((g, i, part) for i, part in _blaming(name, rows, users[g], give))
+
+
+def _blaming(
+    name: str,
+    rows: Sequence[Row],
+    users: list[int],
+    give: Callable[[list[int]], Sequence[Tensor]],
+) -> list[tuple[int, Tensor]]:
+    """Each user's scores by a guide; a row whose scores cannot be had fails alone.
+
+    Args:
+        name: of the guide.
+        rows: of the step.
+        users: rows that ask it, by index.
+        give: the scores of some of them.
+    """
+    try:
+        results = give(users)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if len(users) > 1:  # find the culprit: the others go on
+            return [pair for i in users for pair in _blaming(name, rows, [i], give)]
+        row = rows[users[0]]
+        what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        row.error = f"guide {name!r} failed at step {row.steps}: {what}"
+        return []
+    return list(zip(users, results, strict=True))
+
+
+def _failure(row: Row, lse: Tensor, scores: Mapping[str, Tensor]) -> str:
+    """Why a row gave no token: its log-sum-exp, or a guide's scores ``[K]``, are not finite."""
+    if not bool(torch.isfinite(lse)):
+        return (
+            f"the model gave logits that are not finite at step {row.steps}; "
+            "try another dtype, such as bfloat16 or float32"
+        )
+    for name, given in scores.items():
+        given = given[: row.parameters.k]
+        bad = given[~torch.isfinite(given)]
+        if len(bad) and row.weights.get(name):
+            return (
+                f"guide {name!r} gave {float(bad[0])} at step {row.steps}; "
+                "allowed are finite scores"
+            )
+    raise AssertionError("a row without a token has a log-sum-exp or a score at fault")

@@ -71,8 +71,8 @@ class Ways:
         """Whether a guide is a head on the policy's own states, and so has none."""
         return name in self._trunk and self.way != "two-phase"
 
-    def leaping(self, rows: Sequence[Row], counts: Sequence[int]) -> list[int]:
-        """The rows that leap, by index; counts the step.
+    def choose(self, rows: Sequence[Row], counts: Sequence[int]) -> tuple[str, list[int]]:
+        """The way that a step goes, by its name in ``taken``, and the rows that leap, by index.
 
         Args:
             rows: of the step.
@@ -80,19 +80,15 @@ class Ways:
         """
         users = [i for i, row in enumerate(rows) if not self.leapers.isdisjoint(row.weights)]
         if not users:
-            self.taken["two-phase" if any(row.weights for row in rows) else "unguided"] += 1
-            return []
+            return "two-phase" if any(row.weights for row in rows) else "unguided", []
         trunk = [i for i in users if not self._trunk.isdisjoint(rows[i].weights)]
         if len(trunk) == len(users):
-            self.taken["trunk"] += 1
-            return trunk
+            return "trunk", trunk
         if self.way != "auto" or self._pays(rows, users, counts):
             adapters = self.inside - self._trunk
             shared = any(not adapters.isdisjoint(rows[i].weights) for i in users)
-            self.taken["one-pass" if shared else "overlap"] += 1
-            return users
-        self.taken["two-phase"] += 1
-        return trunk
+            return "one-pass" if shared else "overlap", users
+        return "two-phase", trunk
 
     def measure(self, agree: Callable[[float], float] = float) -> None:
         """Time the passes of the models, where there will be a choice by their cost.
