@@ -254,6 +254,8 @@ class Loop:
                 queues.running.remove(sample)
                 self._fail(sample, row.error)
                 continue
+            if step.tokens[i] < 0:
+                continue
             self._tokens += 1
             reason = sample.take(step, i, scores[i], self.end_tokens)
             if reason is None:

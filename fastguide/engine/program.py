@@ -13,6 +13,9 @@ token, one row more for each guide, so that nothing moves and no draw is waited 
 Where rows *leap* (``ways``), the policy reads the candidates in one pass with the guides on its
 weights, and the state of the one drawn gives the next logits: the lane is *open*. A lane that drew
 another token, or is new, has the policy read its last token first, as all have in other programs.
+
+The host reads a step behind: when it learns the tokens of one, the next is on its way. What a row
+draws depends on its seed and position alone, so a step that nobody needs any more can be dropped.
 """
 
 from __future__ import annotations
@@ -62,6 +65,23 @@ class Captured(NamedTuple):
     scores: Tensor
 
 
+class Flight(NamedTuple):
+    """A step on its way."""
+
+    lanes: dict[Row, int]
+    """Of the rows that take part."""
+    numbers: Tensor
+    """``[8, B]`` fp64 on the host, as soon as it is there."""
+    there: torch.cuda.Event | None
+
+    def read(self) -> list[list[float]]:
+        """What the step gave; waits for it."""
+        if self.there is not None:
+            self.there.synchronize()
+        found: list[list[float]] = self.numbers.tolist()
+        return found
+
+
 class StepProgram:
     """Steps of up to ``lanes`` rows with up to ``width`` candidates."""
 
@@ -97,7 +117,7 @@ class StepProgram:
         """How many of its candidates the policy reads."""
         self._open = torch.zeros(lanes, dtype=torch.bool, device=device)
         self._known = [False] * lanes
-        """The same, as the host knows it."""
+        """The same after the last step that the host has read."""
         self._logits: Tensor | None = None
         """``[B, V]``, of open lanes."""
         self._groups = self._grouped(length)
@@ -110,40 +130,63 @@ class StepProgram:
         """Of the last step."""
         self.scores: Tensor | None = None
         """``[G, B, columns]`` of the last step."""
+        self._flight: Flight | None = None
         self._graphs: dict[bool, Captured] = {}
         self._capturable = True
 
     # ----------------------------------------------------------------------------- the host's part
 
-    def step(self, rows: Sequence[Row]) -> tuple[Step, list[int]]:
+    def step(self, rows: Sequence[Row]) -> tuple[Step, list[int | None]]:
         """Advance rows by one token; those without a token (-1) stay as they are.
 
         Returns:
-            the step, and each row's lane.
+            the step, and each row's lane; None for a row that came when the step was on its way,
+            and takes part in the next.
 
         Raises:
             OutOfSlots: a pool is too short for the tokens to come.
         """
-        self._seat(rows)
-        at = {id(row): lane for lane, row in enumerate(self.rows) if row is not None}
-        lanes = [at[id(row)] for row in rows]
-        self._launch(first=not all(self._known[lane] for lane in lanes))
-        numbers = self._out[:, lanes].tolist()  # waits for the device
-        tokens, sources, scores, logprobs, base, kl, counts, known = numbers
-        for lane, still in zip(lanes, known, strict=True):
-            self._known[lane] = bool(still)
+        flight, self._flight = self._flight, None
+        if flight is None or flight.lanes.keys().isdisjoint(rows):
+            self._seat(rows)
+            flight = self._launch()
+        # Steps with leaps ask which lanes are open; others need nothing that the device has not.
+        ahead = not self.leapers and self._launch_ahead(rows, flight.lanes)
+        numbers = flight.read()
+        self._known = [bool(known) for known in numbers[-1]]
+        lanes = [flight.lanes.get(row) for row in rows]
+        nothing = [-1.0] * len(numbers)
+        each = [nothing if n is None else [column[n] for column in numbers] for n in lanes]
+        tokens, sources, scores, logprobs, base, kl, counts, _ = map(list, zip(*each, strict=True))
         for row, token in zip(rows, tokens, strict=True):
             if token >= 0:
                 for sequence in self._sequences(row):
                     sequence.advance(int(token))
                 row.steps += 1
+        if not (ahead or (self.leapers and self._launch_ahead(rows))):
+            self.leave()
         pairs = zip(counts, rows, strict=True)
         scored = [0 if not row.weights or row.settled(int(n)) else int(n) for n, row in pairs]
         whole = [int(t) for t in tokens], [int(s) for s in sources]
         return Step(*whole, scores, logprobs, base, kl, scored), lanes
 
+    def _launch_ahead(self, rows: Sequence[Row], unread: Collection[Row] = ()) -> bool:
+        """Have the device begin the next step; False if it cannot, and its state is uncertain.
+
+        Args:
+            rows: of the step.
+            unread: those that a step is on its way for already.
+        """
+        try:
+            self._seat(rows, unread)
+            self._flight = self._launch()
+        except Exception:  # the next step raises it, if it is still there
+            return False
+        return True
+
     def leave(self) -> None:
         """Forget all rows: they have gone, or go on elsewhere."""
+        self._flight = None
         for row in self.rows:
             for sequence in [] if row is None else self._sequences(row):
                 sequence.drop_ahead()
@@ -154,8 +197,13 @@ class StepProgram:
         states = [state for state in row.states.values() if isinstance(state, CachedSequence)]
         return [row.sequence, *states]
 
-    def _seat(self, rows: Sequence[Row]) -> None:
-        """Give every row a lane, and every lane the slots of its next token and candidates."""
+    def _seat(self, rows: Sequence[Row], unread: Collection[Row] = ()) -> None:
+        """Give every row a lane, and every lane the slots of its next token and candidates.
+
+        Args:
+            rows: of the step.
+            unread: rows that have a token more on the device than on the host.
+        """
         wanted = {id(row): row for row in rows}
         before = list(self.rows)
         self.rows = [wanted.pop(id(row), None) if row is not None else None for row in before]
@@ -176,7 +224,7 @@ class StepProgram:
             self._token[at] = last.to(at.device, torch.int64)
             self._reads[at] = torch.tensor(reads, dtype=torch.int64).to(at.device)
         for group in self._groups:
-            self._supply(group, set(changed))
+            self._supply(group, set(changed), unread)
 
     def _enter(self, rows: Sequence[Row]) -> None:
         """Have all models wait for the last token of rows, which none has read."""
@@ -205,7 +253,7 @@ class StepProgram:
         """How many candidates of a row the policy reads."""
         return 0 if self.leapers.isdisjoint(row.weights) else row.parameters.k
 
-    def _supply(self, group: Group, changed: set[int]) -> None:
+    def _supply(self, group: Group, changed: set[int], unread: Collection[Row]) -> None:
         """Write the slots of tokens to come into a group's tables; all slots of new lanes."""
         _, lanes, length = group.tables.shape
         places: list[np.ndarray] = []
@@ -219,7 +267,7 @@ class StepProgram:
                     continue
                 # Candidates past the row's own are read in the spare slot.
                 k = self._read_by_policy(row) if name is None else row.parameters.k
-                needed = 1 + k
+                needed = 1 + k + (row in unread)
                 begin, known = (t * lanes + lane) * length, len(sequence) - 1
                 had = len(sequence.ahead)
                 if had < needed:
@@ -296,8 +344,9 @@ class StepProgram:
             groups.append(Group(decoder, guides, rows, tables, segments))
         return groups
 
-    def _launch(self, first: bool) -> None:
+    def _launch(self) -> Flight:
         """A step: on a GPU the graph of it, which the first one captures."""
+        first = any(row and not known for row, known in zip(self.rows, self._known, strict=True))
         captured = self._graphs.get(first)
         if captured is None and self.policy.device.type == "cuda" and self._capturable:
             try:
@@ -312,6 +361,14 @@ class StepProgram:
             self.candidates, self.scores = captured.candidates, captured.scores
         else:
             self.candidates, self.scores = self._compute(first)
+        lanes = {row: lane for lane, row in enumerate(self.rows) if row is not None}
+        if not self._out.is_cuda:
+            return Flight(lanes, self._out.clone(), None)
+        numbers = torch.empty(self._out.shape, dtype=self._out.dtype, pin_memory=True)
+        numbers.copy_(self._out, non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+        return Flight(lanes, numbers, there)
 
     def _capture(self, first: bool) -> Captured:
         """The step as a graph; the lanes are left as they were."""
@@ -482,7 +539,7 @@ class Programs:
             while len(self._made) >= MOST:
                 del self._made[next(iter(self._made))]
             capacity = self._policy.pool.slots.capacity
-            length = min(self._policy.context or capacity, capacity) + width + 2
+            length = min(self._policy.context or capacity, capacity) + width + 3
             leapers = self._leapers.intersection(scorers) if leap else ()
             program = StepProgram(self._policy, scorers, lanes, width, length, leapers)
         self._made[key] = program  # the last one used comes last

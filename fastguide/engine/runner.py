@@ -135,7 +135,8 @@ class ModelRunner:
         """Advance every row by one token.
 
         A row whose model or guide fails gets ``error`` set and a meaningless token, and is not
-        advanced.
+        advanced. Nor is one with token -1 and no error: it has joined too late for a step that is
+        on its way.
 
         A row of an adaptive rule whose only candidate is certain to be taken is not scored; its
         guides read the token later, with the next that is.
@@ -193,7 +194,7 @@ class ModelRunner:
             return None
         self.ways.taken[way] += 1
         for i, (row, lane) in enumerate(zip(rows, lanes, strict=True)):
-            if step.tokens[i] < 0:
+            if step.tokens[i] < 0 and lane is not None:
                 assert program.candidates is not None
                 assert program.scores is not None
                 scores = dict(zip(program.scorers, program.scores[:, lane], strict=True))
