@@ -39,6 +39,37 @@ TINY: Shape = dict(
 )
 """For tests: decodes in no time."""
 
+LLAMA_7B: Shape = dict(
+    vocab_size=32_000,
+    hidden_size=4_096,
+    intermediate_size=11_008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4_096,
+)
+"""Llama-2-7B's."""
+
+SMALLER: Shape = SHAPE | dict(
+    hidden_size=384,
+    intermediate_size=1_024,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=6,
+)
+"""A guide of 23 M parameters, of which 11 M are multiplied with."""
+
+LLAMA_1B: Shape = LLAMA_7B | dict(
+    hidden_size=2_048,
+    intermediate_size=5_632,
+    num_hidden_layers=22,
+    num_key_value_heads=4,
+)
+"""TinyLlama's, 1.1 G parameters."""
+
+PAIRS = {"110M": (SHAPE, SMALLER), "7B": (LLAMA_7B, LLAMA_1B), "tiny": (TINY, TINY)}
+"""Of a policy and a smaller guide; the last is for tests."""
+
 POLICY_SEED, GUIDE_SEED, HEAD_SEED = 0, 2, 1
 
 

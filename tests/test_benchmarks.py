@@ -60,6 +60,22 @@ def test_sweeps_keep_a_record_and_draw_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [[], ["--graphs", "--case", "trunk", "LoRAs", "smaller"]], ids=["host", "fixed"]
+)
+def test_ways_keep_a_record(tmp_path: Path, more: list[str]) -> None:
+    record = tmp_path / "ways.json"
+    command = [*CLI, "bench", "ways", "--model", "tiny", "--batch", "2", "--prompt", "8"]
+    command += ["--k", "4", "--steps", "2", "--device", "cpu", "--save", str(record), *more]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(record.read_text())
+    assert found["graphs"] == bool(more)
+    (result,) = found["results"]
+    assert result["cases"]["unguided"]["over_unguided"] == 1.0
+    assert {"trunk", "one-pass, three LoRAs", "two-phase, smaller guide"} <= result["cases"].keys()
+
+
+@pytest.mark.slow
 def test_serving_keeps_a_record(tmp_path: Path) -> None:
     record = tmp_path / "serving.json"
     command = [*CLI, "bench", "serving", "--requests", "3", "--concurrent", "2", "--prompt", "16"]

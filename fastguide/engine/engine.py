@@ -68,6 +68,7 @@ class Engine:
         tensor_parallel: bool = False,
         quantize: str | None = None,
         graphs: bool = False,
+        compile: bool = False,
     ) -> None:
         """Load the policy and its guides.
 
@@ -98,6 +99,8 @@ class Engine:
                 it with the policy. None leaves the weights as they are.
             graphs: make steps of fixed shapes where all guides are decoders on the policy's device,
                 and replay them as CUDA graphs on a GPU; on a CPU they run as they come.
+            compile: have ``torch.compile`` fuse the small operations of all models' layers, but for
+                those that run as a native stack on a CPU; the first passes take minutes then.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not
@@ -161,6 +164,9 @@ class Engine:
             guide_kinds={name: getattr(scorer, "kind", None) for name, scorer in scorers.items()},
         )
         caches = Caches(policy, scorers, self.runner.ways)
+        if compile:
+            for decoder in caches.decoders.values():
+                decoder.fuse()
         uses = int(caches.uses(dict.fromkeys(scorers, 1.0)).max())  # sequences of a sample
         longest = policy.context and uses * max_rows * (policy.context + MAX_CANDIDATES)
         least = int if ranks is None else ranks.least

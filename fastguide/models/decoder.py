@@ -17,6 +17,7 @@ from fastguide.cache import CachedSequence, KVPool
 from fastguide.kernels import TreeLayout
 from fastguide.models.adapters import AdapterBank, Factors, in_stack
 from fastguide.models.attention import AttentionPlan
+from fastguide.models.fusing import fuse
 from fastguide.models.packing import PackedStack, pack_linears, stack_of
 
 PREFILL_CHUNK = 512
@@ -112,6 +113,11 @@ class Decoder:
         pack_linears(self.model)
         self._head = self.model.get_output_embeddings()
         self._stack = stack_of(self.model)
+
+    def fuse(self) -> None:
+        """Compile what is small in the layers, unless they run as a native stack."""
+        if self._stack is None:
+            fuse(self.model)
 
     @property
     def stacked(self) -> bool:
