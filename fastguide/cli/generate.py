@@ -76,6 +76,8 @@ def generate(
     kv_memory: options.KvMemory = None,
     way: options.Way = "auto",
     tensor_parallel: options.TensorParallel = False,
+    graphs: options.Graphs = False,
+    compile: options.Compile = False,
     stream: options.Stream = False,
     as_json: options.AsJson = False,
     output: options.Output = None,
@@ -128,6 +130,8 @@ def generate(
             kv_memory=memory,
             way=way,
             tensor_parallel=tensor_parallel,
+            graphs=graphs,
+            compile=compile,
         )
         if output is not None and Path(output).is_file():
             file.truncate(0)

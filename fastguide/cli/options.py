@@ -172,6 +172,8 @@ TensorParallel = Annotated[
     bool,
     _option(_ENGINE, "Share the model out among torchrun's processes.", "--tensor-parallel"),
 ]
+Graphs = Annotated[bool, _option(_ENGINE, "On a GPU, replay steps as CUDA graphs.", "--graphs")]
+Compile = Annotated[bool, _option(_ENGINE, "Have torch.compile fuse small ops.", "--compile")]
 
 _RAY = "Ray"
 Ray = Annotated[bool, _option(_RAY, "Sample and judge as a Ray Data pipeline.", "--ray")]

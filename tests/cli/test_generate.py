@@ -58,6 +58,16 @@ def test_json_has_the_promised_fields(run):
         assert record["seed"] == 3 or record["sample"]
 
 
+@pytest.mark.parametrize(
+    "more",
+    [("--graphs",), ("--way", "two-phase"), ("--max-rows", 1), ("--kv-memory", "64M")],
+    ids=str,
+)
+def test_options_of_speed_and_memory_change_no_text(run, more):
+    words = ("generate", "Once upon a time", "Tom", "--guide", "cheerful", *SHORT)
+    assert run(*words, *more).stdout == run(*words).stdout != ""
+
+
 def test_the_seed_decides(run):
     def texts(seed):
         found = records(run("generate", "Once", "--seed", seed, "--max-tokens", 12, "--json"))
