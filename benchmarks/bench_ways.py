@@ -3,9 +3,10 @@
     python benchmarks/bench_ways.py [--batch 1 8] [--prompt 256] [--k 20] [--save NAME]
     python benchmarks/bench_ways.py --model 7B --prompt 512 --graphs --compile    # on a GPU
 
-All cases share one policy (a Llama of 110 M parameters, random weights, bf16) and take turns step
-by step. The floor of a case is the time that its passes cannot do without: for each pass the larger
-of weights over read bandwidth and multiplications over matmul rate, both measured in this run.
+All cases share one policy (a Llama of 110 M parameters or of ``--model``'s, random weights, bf16)
+and take turns step by step. The floor of a case is the time that its passes cannot do without: for
+each pass the larger of weights over read bandwidth and multiplications over matmul rate, both
+measured in this run.
 """
 
 from __future__ import annotations
@@ -219,7 +220,8 @@ def main() -> None:
     chosen = ["unguided", *(n for n in cases if any(part in n for part in arguments.case))]
     cases = {name: cases[name] for name in dict.fromkeys(chosen)}
     if arguments.graphs:
-        tokens = arguments.prompt + arguments.steps + WARM_UP + BLOCK + arguments.k + 2
+        # Steps are timed, and made again to read joules.
+        tokens = arguments.prompt + 2 * arguments.steps + WARM_UP + BLOCK + arguments.k + 3
         reserve(cases, max(arguments.batch), tokens)
     roof = record.rooflines(torch.bfloat16, arguments.device)
     results = [

@@ -56,14 +56,19 @@ class KVPool:
         self.prefixes = PrefixIndex(self.slots) if prefixes else None
         self.fixed = True
         self._layers = {
-            layer: (_empty(keys, capacity + 1), _empty(values, capacity + 1))
+            layer: (_empty(keys, capacity + 2), _empty(values, capacity + 2))
             for layer, (keys, values) in like._layers.items()
         }
 
     @property
     def spare(self) -> int:
-        """Of a fixed pool: a slot that is nobody's, for rows that nobody looks at."""
+        """Of a fixed pool: a slot that is nobody's, for rows that nobody looks at to write to."""
         return self.slots.capacity
+
+    @property
+    def blank(self) -> int:
+        """Of a fixed pool: a slot of zeros, which nobody writes to, for such rows to read."""
+        return self.slots.capacity + 1
 
     @property
     def slot_bytes(self) -> int:
@@ -144,7 +149,7 @@ class KVPool:
 @torch.inference_mode()  # as passes write to it in inference mode
 def _empty(like: Tensor, capacity: int) -> Tensor:
     made = like.new_empty(capacity, *like.shape[1:])
-    made[-1:] = 0  # of a fixed pool, the spare slot
+    made[-2:] = 0  # of a fixed pool, the spare slot and the blank one
     return made
 
 
@@ -207,8 +212,9 @@ class CachedSequence:
 
     def advance(self, token: int) -> None:
         """Note that the pending token went to the first slot ahead, and continue with another."""
-        self.commit(self.ahead[:1])
-        self.ahead = self.ahead[1:]
+        # Taken out first: an interrupt may lose a slot, never free it twice.
+        slot, self.ahead = self.ahead[:1], self.ahead[1:]
+        self.commit(slot)
         self.tokens.append(token)
 
     def fork(self) -> CachedSequence:

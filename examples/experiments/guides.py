@@ -43,8 +43,13 @@ KLS = (1.0, 2.0, 4.0, 6.0)
 SHARES = (8, 3)
 """Of the prompts: an eighth and a third."""
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-"""All are tried on all responses, with the first seed: what is best for few steps may be far too
-high for many."""
+WIDER: dict[str, tuple[float, ...]] = {
+    "half the layers": (1e-4, *RATES),
+    "frozen, linear": (*RATES, 3e-2, 1e-1),
+    "frozen, mlp": (*RATES, 3e-2, 1e-1),
+}
+"""Where the best would lie at the end of ``RATES``. All rates are tried on all responses, with the
+first seed: what is best for few steps may be far too high for many."""
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_rank": 16},
     "half the layers": {"lora_rank": None},
@@ -162,7 +167,8 @@ def how(kind: str, rate: float) -> dict[str, Any]:
 
 def choose_rates(asked: argparse.Namespace) -> dict[str, float]:
     """Each kind's learning rate with the lowest validation error, by guides of the first seed."""
-    tried = [(kind, rate) for kind in KINDS for rate in RATES]
+    rates = {kind: WIDER.get(kind, RATES) for kind in KINDS}
+    tried = [(kind, rate) for kind in KINDS for rate in rates[kind]]
     parallel(
         [job(asked, at_rate(kind, r), 0, asked.prompts, **how(kind, r)) for kind, r in tried],
         asked.processes,
@@ -172,7 +178,7 @@ def choose_rates(asked: argparse.Namespace) -> dict[str, float]:
         folder = guide_folder(asked.work, slug(at_rate(kind, rate)), 0)
         return float(metrics_of(folder)["eval_mse"])
 
-    return {kind: min(RATES, key=lambda rate, k=kind: error(k, rate)) for kind in KINDS}
+    return {k: min(those, key=functools.partial(error, k)) for k, those in rates.items()}
 
 
 def study(asked: argparse.Namespace, names: dict[str, str], seed: int) -> Study:

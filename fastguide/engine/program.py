@@ -14,8 +14,9 @@ Where rows *leap* (``ways``), the policy reads the candidates in one pass with t
 weights, and the state of the one drawn gives the next logits: the lane is *open*. A lane that drew
 another token, or is new, has the policy read its last token first, as all have in other programs.
 
-The host reads a step behind: when it learns the tokens of one, the next is on its way. What a row
-draws depends on its seed and position alone, so a step that nobody needs any more can be dropped.
+The host sees to the tokens of a step while the device makes the next: that one is launched before
+they are read, or, where rows leap, as soon as they are, for it depends on which lanes are open.
+What a row draws depends on its seed and position alone, so a step that nobody needs can be dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguide.cache import CachedSequence
+from fastguide.cache import CachedSequence, OutOfSlots
 from fastguide.config import Plain
 from fastguide.engine.rows import Row
 from fastguide.engine.sampler import Candidates, RowBatch, Step, draw, top_candidates
@@ -39,6 +40,7 @@ from fastguide.models.decoder import Decoder
 from fastguide.models.loading import one_line
 from fastguide.scorer import Scorer, TreeScorer
 
+FAILED = "a step of fixed shapes failed, and is laid out on the host"
 BLOCK = 16
 """Slots of tokens to come that a lane gets at once, beside those of its candidates."""
 
@@ -105,14 +107,16 @@ class StepProgram:
             leapers: guides on the policy's weights whose rows leap; none in two-phase steps.
         """
         self.policy, self.scorers = policy, dict(scorers)
-        self.lanes, self.width = lanes, width
+        self.lanes, self.width = lanes, min(width, policy.vocabulary)
         self.leapers = frozenset(leapers)
         # Rows without guides want more candidates than guides read, to draw from.
-        self._columns = max(width, Plain().lower(1.0).k) + 1
+        self._columns = max(self.width, Plain().lower(1.0).k) + 1
         self.rows: list[Row | None] = [None] * lanes
         device = policy.device
         self._length = torch.ones(lanes, dtype=torch.int64, device=device)
         self._token = torch.zeros(lanes, dtype=torch.int64, device=device)
+        self._taken = torch.zeros(lanes, dtype=torch.bool, device=device)
+        """Whether a lane has a row; others stay as they are."""
         self._reads = torch.zeros(lanes, dtype=torch.int64, device=device)
         """How many of its candidates the policy reads."""
         self._open = torch.zeros(lanes, dtype=torch.bool, device=device)
@@ -150,8 +154,10 @@ class StepProgram:
         if flight is None or flight.lanes.keys().isdisjoint(rows):
             self._seat(rows)
             flight = self._launch()
-        # Steps with leaps ask which lanes are open; others need nothing that the device has not.
-        ahead = not self.leapers and self._launch_ahead(rows, flight.lanes)
+        # A step with leaps depends on which lanes are open; others need nothing from the host.
+        ahead = False
+        if not self.leapers:
+            ahead = self._launch_ahead(rows, flight.lanes)
         numbers = flight.read()
         self._known = [bool(known) for known in numbers[-1]]
         lanes = [flight.lanes.get(row) for row in rows]
@@ -163,7 +169,9 @@ class StepProgram:
                 for sequence in self._sequences(row):
                     sequence.advance(int(token))
                 row.steps += 1
-        if not (ahead or (self.leapers and self._launch_ahead(rows))):
+        if self.leapers:
+            ahead = self._launch_ahead(rows)
+        if not ahead:
             self.leave()
         pairs = zip(counts, rows, strict=True)
         scored = [0 if not row.weights or row.settled(int(n)) else int(n) for n, row in pairs]
@@ -180,7 +188,10 @@ class StepProgram:
         try:
             self._seat(rows, unread)
             self._flight = self._launch()
-        except Exception:  # the next step raises it, if it is still there
+        except OutOfSlots:  # the next step raises it, if there is no room then, either
+            return False
+        except Exception as error:
+            warnings.warn(f"{FAILED}: {one_line(error)}", stacklevel=2)
             return False
         return True
 
@@ -220,6 +231,7 @@ class StepProgram:
             lengths = torch.tensor([len(row.sequence) for row in new.values()], dtype=torch.int64)
             last = torch.tensor([row.sequence.tokens[-1] for row in new.values()])
             reads = [self._read_by_policy(row) for row in new.values()]
+            self._taken[at] = True
             self._length[at] = lengths.to(at.device)
             self._token[at] = last.to(at.device, torch.int64)
             self._reads[at] = torch.tensor(reads, dtype=torch.int64).to(at.device)
@@ -240,12 +252,12 @@ class StepProgram:
             scorer.decoder.prefill([s for s in states if len(s.pending) > 1], keep=1)
 
     def _clear(self, lanes: list[int]) -> None:
-        """Have lanes read and write a slot that is nobody's: others may get theirs."""
+        """Have lanes read and write slots that are nobody's: others may get theirs."""
         at = torch.tensor(lanes, device=self._length.device)
         for group in self._groups:
-            group.tables[:, at] = group.decoder.pool.spare
+            group.tables[:, at] = group.decoder.pool.blank
         self._length[at], self._token[at] = 1, 0
-        self._reads[at], self._open[at] = 0, False
+        self._reads[at], self._open[at], self._taken[at] = 0, False, False
         for lane in lanes:
             self._known[lane] = False
 
@@ -265,7 +277,7 @@ class StepProgram:
                 sequence = None if row is None else self._state(row, name)
                 if row is None or sequence is None:
                     continue
-                # Candidates past the row's own are read in the spare slot.
+                # Candidates past the row's own are nobody's.
                 k = self._read_by_policy(row) if name is None else row.parameters.k
                 needed = 1 + k + (row in unread)
                 begin, known = (t * lanes + lane) * length, len(sequence) - 1
@@ -283,9 +295,10 @@ class StepProgram:
                 places.append(np.arange(begin + known + had, end))
                 slots.append(sequence.ahead[had:])
         if places:
-            at = torch.from_numpy(np.concatenate(places)).to(group.tables.device)
-            new = torch.from_numpy(np.concatenate(slots).astype(np.int32)).to(at.device)
-            group.tables.view(-1)[at] = new
+            both = torch.from_numpy(np.stack([np.concatenate(places), np.concatenate(slots)]))
+            if group.tables.is_cuda:  # the device may be busy with a step: do not wait for it
+                both = both.pin_memory().to(group.tables.device, non_blocking=True)
+            group.tables.view(-1)[both[0]] = both[1].int()
 
     @staticmethod
     def _state(row: Row, name: str | None) -> CachedSequence | None:
@@ -336,7 +349,7 @@ class StepProgram:
             rows = 1 if guides == [None] and not self.leapers else 1 + self.width
             numbers = np.repeat([adapter_of(name) for name in guides], self.lanes * rows)
             shape = len(guides), self.lanes, length
-            tables = torch.full(shape, decoder.pool.spare, dtype=torch.int32, device=decoder.device)
+            tables = torch.full(shape, decoder.pool.blank, dtype=torch.int32, device=decoder.device)
             segments = None
             if max(numbers) >= 0:
                 edges = np.searchsorted(numbers, np.arange(len(decoder.adapters) + 1))
@@ -345,12 +358,21 @@ class StepProgram:
         return groups
 
     def _launch(self) -> Flight:
+        """Have the device begin a step."""
+        if self.policy.device.type == "cuda":  # graphs and events are the current device's
+            with torch.cuda.device(self.policy.device):
+                return self._launch_here()
+        return self._launch_here()
+
+    def _launch_here(self) -> Flight:
         """A step: on a GPU the graph of it, which the first one captures."""
         first = any(row and not known for row, known in zip(self.rows, self._known, strict=True))
         captured = self._graphs.get(first)
         if captured is None and self.policy.device.type == "cuda" and self._capturable:
             try:
                 captured = self._graphs[first] = self._capture(first)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:  # something in a model waits for the device
                 self._capturable = False
                 warnings.warn(
@@ -385,7 +407,7 @@ class StepProgram:
                     column.copy_(before)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             left = self._compute(first)
         return Captured(graph, *left)
 
@@ -402,8 +424,11 @@ class StepProgram:
         logits = self._policy_logits(first)
         candidates = top_candidates(logits, self._batch)
         batch = self._batch.narrowed(candidates)
-        ids = candidates.ids[:, : self.width].clamp(min=0).long()
-        tokens = torch.cat([self._token[:, None], ids], 1)
+        last, ids = self._token[:, None], candidates.ids[:, : self.width].long()
+        asked = torch.arange(ids.shape[1], device=ids.device) < batch.count[:, None]
+        # In place of others the last token: a row must not see NaN that it did not ask for.
+        ids = torch.where(asked & (ids >= 0), ids, last)
+        tokens = torch.cat([last, ids], 1)
         states: dict[str | None, Tensor] = {}
         for group in self._groups:
             if group.rows > 1:
@@ -412,7 +437,6 @@ class StepProgram:
         scores = candidates.values.new_zeros(
             len(self.scorers), *candidates.values.shape, dtype=torch.float32
         )
-        asked = torch.arange(ids.shape[1], device=ids.device) < batch.count[:, None]
         for g, (name, scorer) in enumerate(self.scorers.items()):
             read = states[name if name in states else None][:, 1:]
             values = scorer.values(read.flatten(0, 1)).view(ids.shape)
@@ -421,7 +445,7 @@ class StepProgram:
             used = batch.guide_weights[g] != 0
             scores[g, :, : ids.shape[1]] = torch.where(used[:, None] & asked, values, 0.0)
         drawn = draw(logits, candidates, scores, batch, self._length)
-        moves = drawn.token >= 0
+        moves = (drawn.token >= 0) & self._taken
         if self.leapers:
             self._open.copy_((drawn.source >= 0) & (drawn.source < self._reads))
             place = (drawn.source.long() + 1).clamp(0, ids.shape[1])
@@ -477,7 +501,9 @@ class StepProgram:
             max_slots=length,
             max_rows=rows,
         )
-        plan = AttentionPlan(group.decoder.pool, slots.reshape(-1).long(), layout)
+        pool, targets = group.decoder.pool, slots.reshape(-1).long()
+        targets = torch.where(targets == pool.blank, pool.spare, targets)
+        plan = AttentionPlan(pool, targets, layout, fixed=True)
         if group.decoder.context is not None:
             places = places.clamp(max=group.decoder.context - 1)
         ids, positions = of_all(tokens, torch.int64), of_all(places, torch.int64)
@@ -497,12 +523,9 @@ MOST = 64
 class Programs:
     """The programs of a policy and the guides in use, made as they are needed."""
 
-    def __init__(
-        self, policy: Decoder, scorers: Mapping[str, TreeScorer], leapers: Collection[str] = ()
-    ) -> None:
+    def __init__(self, policy: Decoder, scorers: Mapping[str, TreeScorer]) -> None:
         self._policy, self._scorers = policy, dict(scorers)
-        self._leapers = frozenset(leapers)
-        self._made: dict[tuple[int, int, bool, tuple[str, ...]], StepProgram] = {}
+        self._made: dict[tuple[int, int, frozenset[str], tuple[str, ...]], StepProgram] = {}
         self._active: StepProgram | None = None
 
     @staticmethod
@@ -519,12 +542,12 @@ class Programs:
             self._active.leave()
             self._active = None
 
-    def of(self, rows: Sequence[Row], leap: bool = False) -> StepProgram | None:
+    def of(self, rows: Sequence[Row], leapers: frozenset[str]) -> StepProgram | None:
         """The program that rows are stepped by; None if there is none so large.
 
         Args:
             rows: of the step.
-            leap: whether those that can leap do.
+            leapers: guides whose rows leap.
         """
         k = max((row.parameters.k for row in rows if row.weights), default=1)
         lanes = next((n for n in LANES if n >= len(rows)), None)
@@ -533,14 +556,14 @@ class Programs:
             return None
         used = set().union(*(row.weights for row in rows))
         scorers = {name: s for name, s in self._scorers.items() if name in used}
-        key = lanes, width, leap, tuple(scorers)
+        leapers = leapers.intersection(scorers)
+        key = lanes, width, leapers, tuple(scorers)
         program = self._made.pop(key, None)
         if program is None:
             while len(self._made) >= MOST:
                 del self._made[next(iter(self._made))]
             capacity = self._policy.pool.slots.capacity
             length = min(self._policy.context or capacity, capacity) + width + 3
-            leapers = self._leapers.intersection(scorers) if leap else ()
             program = StepProgram(self._policy, scorers, lanes, width, length, leapers)
         self._made[key] = program  # the last one used comes last
         if program is not self._active:

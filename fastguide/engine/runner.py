@@ -8,6 +8,7 @@ scores in and draws, ``append`` commits.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastguide.cache import OutOfSlots
-from fastguide.engine.program import Programs
+from fastguide.engine.program import FAILED, Programs
 from fastguide.engine.rows import Row, RowSpec
 from fastguide.engine.sampler import Candidates, RowBatch, Step, sample, top_candidates
 from fastguide.engine.ways import Ways
@@ -73,7 +74,7 @@ class ModelRunner:
         self._programs: Programs | None = None
         self.ways = Ways(policy, self.scorers, way)
         if fixed and Programs.possible(policy, scorers):
-            self._programs = Programs(policy, scorers, self.ways.leapers)  # type: ignore[arg-type]
+            self._programs = Programs(policy, scorers)  # type: ignore[arg-type]
         self.seconds = {"base": 0.0, "scorer": 0.0, "rule": 0.0}
         """Time spent in each phase of all steps so far, for benchmarks."""
         self._batch: tuple[list[Row], RowBatch] | None = None
@@ -182,7 +183,8 @@ class ModelRunner:
     ) -> tuple[Step, list[float | None]] | None:
         """``step`` by a program of fixed shapes; None if there is none, or it blames nobody."""
         way, leaping = self.ways.choose(rows, [row.parameters.k for row in rows])
-        program = programs.of(rows, bool(leaping))
+        leapers = self.ways.trunk if way == "two-phase" else self.ways.leapers
+        program = programs.of(rows, leapers if leaping else frozenset())
         if program is None:
             return None
         self._opened = None
@@ -190,7 +192,8 @@ class ModelRunner:
             step, lanes = program.step(rows)
         except (torch.OutOfMemoryError, OutOfSlots):
             raise
-        except Exception:  # laid out on the host, the step finds the row that is at fault
+        except Exception as error:  # laid out on the host, the step finds the row at fault
+            warnings.warn(f"{FAILED}: {one_line(error)}", stacklevel=2)
             return None
         self.ways.taken[way] += 1
         for i, (row, lane) in enumerate(zip(rows, lanes, strict=True)):

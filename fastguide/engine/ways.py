@@ -43,7 +43,8 @@ class Ways:
         trees = {name: s for name, s in scorers.items() if isinstance(s, TreeScorer)}
         self.inside = frozenset(name for name, s in trees.items() if s.decoder is policy)
         """Guides on the policy's weights."""
-        self._trunk = frozenset(name for name in self.inside if trees[name].adapter is None)
+        self.trunk = frozenset(name for name in self.inside if trees[name].adapter is None)
+        """Of these, heads on the policy's own states."""
         self.beside = {
             name: s.decoder
             for name, s in trees.items()
@@ -69,7 +70,7 @@ class Ways:
 
     def stateless(self, name: str) -> bool:
         """Whether a guide is a head on the policy's own states, and so has none."""
-        return name in self._trunk and self.way != "two-phase"
+        return name in self.trunk and self.way != "two-phase"
 
     def choose(self, rows: Sequence[Row], counts: Sequence[int]) -> tuple[str, list[int]]:
         """The way that a step goes, by its name in ``taken``, and the rows that leap, by index.
@@ -81,11 +82,11 @@ class Ways:
         users = [i for i, row in enumerate(rows) if not self.leapers.isdisjoint(row.weights)]
         if not users:
             return "two-phase" if any(row.weights for row in rows) else "unguided", []
-        trunk = [i for i in users if not self._trunk.isdisjoint(rows[i].weights)]
+        trunk = [i for i in users if not self.trunk.isdisjoint(rows[i].weights)]
         if len(trunk) == len(users):
             return "trunk", trunk
         if self.way != "auto" or self._pays(rows, users, counts):
-            adapters = self.inside - self._trunk
+            adapters = self.inside - self.trunk
             shared = any(not adapters.isdisjoint(rows[i].weights) for i in users)
             return "one-pass" if shared else "overlap", users
         return "two-phase", trunk
@@ -96,7 +97,7 @@ class Ways:
         Args:
             agree: makes of seconds measured here those that all processes of an engine go by.
         """
-        if self.way == "auto" and self.leapers > self._trunk:
+        if self.way == "auto" and self.leapers > self.trunk:
             for decoder in (self._policy, *self.beside.values()):
                 if id(decoder) not in self._costs:
                     self._costs[id(decoder)] = PassCost(decoder, agree)
@@ -105,7 +106,7 @@ class Ways:
         """Whether a step costs less if all users leap than if none does."""
         assert self._costs, "ways are measured before they are chosen"
         policy = self._costs[id(self._policy)]
-        adapters = self.inside - self._trunk
+        adapters = self.inside - self.trunk
         of_policy = sum(counts[i] for i in users)
         of_adapters = sum(counts[i] * len(adapters & rows[i].weights.keys()) for i in users)
         elsewhere: Counter[torch.device] = Counter()

@@ -41,7 +41,12 @@ class AttentionPlan:
     """One pass's explicit attention inputs: pool, target slots and the layout of its rows."""
 
     def __init__(
-        self, pool: KVPool, targets: Tensor, layout: TreeLayout, chains: bool = False
+        self,
+        pool: KVPool,
+        targets: Tensor,
+        layout: TreeLayout,
+        chains: bool = False,
+        fixed: bool = False,
     ) -> None:
         """Bind a layout to a pool.
 
@@ -50,11 +55,13 @@ class AttentionPlan:
             targets: ``[N]`` int64, the slot of each packed row.
             layout: who sees whom.
             chains: no row is on a branch, so each sees all slots of its request up to its own.
+            fixed: the pass must not wait for the device, as a dense one does.
         """
         self.pool = pool
         self.targets = targets
         self.layout = layout
         self.chains = chains
+        self.fixed = fixed
         self._dense: dict[tuple[int, int, torch.dtype], tuple[DenseTree, Tensor | None]] = {}
 
     def streams(self, query: Tensor, groups: int) -> bool:
@@ -64,7 +71,8 @@ class AttentionPlan:
         are matrix products, which are SDPA's trade; on the CPU the kernel measured faster for any
         number of rows, so only what it cannot take goes the other way.
         """
-        if query.is_cuda and self.layout.max_rows * groups > STREAM_ROWS:
+        many = self.layout.max_rows * groups > STREAM_ROWS
+        if query.is_cuda and many and not self.fixed:
             return False
         return dispatch.chosen("auto", query) is not reference
 

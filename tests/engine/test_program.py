@@ -5,6 +5,7 @@ On a CPU the program runs as it comes; on a GPU the same list of kernels is a gr
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,13 @@ from fastguide import (
     SamplingParams,
     ValueGuide,
 )
-from fastguide.engine.program import LANES, WIDTHS
+from fastguide.engine.program import FAILED, LANES, WIDTHS
 from fastguide.guides import LoadContext
 from fastguide.models.attention import NAME
 from fastguide.models.decoder import Decoder
 from fastguide.scorer import TreeScorer
+
+pytestmark = pytest.mark.filterwarnings(f"error:{FAILED}")  # no step may hide behind the host's
 
 Make = Callable[..., Engine]
 SIZES = dict(
@@ -268,11 +271,82 @@ def test_a_guide_that_raises_fails_its_rows_alone(
     prompts, weights = [[1, 2], [3, 4], [5, 6]], [{"bad": 1.0}, {"g": 1.0}, None]
     rules = [VAS(2.0), VAS(2.0), None]
     sampling = SamplingParams(0.9, 6, seed=1, ignore_eos=True)
-    bad, good, plain = engine.generate(prompts, rules, weights, sampling, errors="return")
+    with pytest.warns(UserWarning, match=FAILED) if graphs else contextlib.nullcontext():
+        bad, good, plain = engine.generate(prompts, rules, weights, sampling, errors="return")
     assert bad.error is not None
     assert "guide 'bad' failed" in bad.error
     assert len(good.token_ids) == len(plain.token_ids) == 6
     assert in_use(engine) == [0, 0]
+
+
+def test_lanes_that_nobody_is_in_stay_as_they_are(tiny_engine: Make) -> None:
+    """However many steps the others make; in three lanes of four more than the context is long."""
+    engine = tiny_engine(guides={"head": Well()}, max_rows=3, graphs=True)
+    prompts = [[i + 1, 2 * i + 1] for i in range(12)]
+    weights = [{"head": 1.0} if i % 2 else {"g": 1.0} for i in range(12)]
+    sampling = SamplingParams(0.9, 120, seed=4, ignore_eos=True)
+    done = engine.generate(prompts, VAS(2.0, 3), weights, sampling, progress=False)
+    assert all(len(c.token_ids) == 120 for c in done)
+    assert engine.runner._programs is not None
+    programs = [p for p in engine.runner._programs._made.values() if p.lanes == 4]
+    assert programs
+    assert all(p._length[3] == 1 for p in programs)
+
+
+class Broken:
+    """A guide with a cache of its own, which is NaN wherever token 62 is."""
+
+    def load(self, context: LoadContext) -> TreeScorer:
+        torch.manual_seed(8)
+        config = LlamaConfig(**SIZES, eos_token_id=None, attn_implementation=NAME)
+        model = LlamaModel(config)
+        with torch.no_grad():
+            model.embed_tokens.weight[62] = math.nan
+        return TreeScorer(Decoder(model, 256), torch.nn.Linear(SIZES["hidden_size"], 1))
+
+
+@pytest.mark.parametrize("slots", [70, 4000])
+def test_a_row_of_nan_does_not_reach_others_through_slots_of_nobody(
+    tiny_engine: Make, slots: int
+) -> None:
+    """Candidates past a row's own are read and written, too; here 7 of 10 in a short pool."""
+    prompts, sampling = [[3, 4], [1, 62]], SamplingParams(0.9, 8, seed=3, ignore_eos=True)
+    found, expected = (
+        tiny_engine(slots, guides={"broken": Broken()}, graphs=graphs, way="two-phase").generate(
+            prompts, VAS(2.0, 3), {"broken": 1.0}, sampling, errors="return"
+        )
+        for graphs in (True, False)
+    )
+    assert expected[0].error is None
+    assert expected[1].error is not None
+    assert [c.error for c in found] == [c.error for c in expected]
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+def test_more_candidates_than_the_vocabulary_has(tiny_engine: Make) -> None:
+    found, expected = (
+        tiny_engine(graphs=graphs).generate(
+            [[1, 2], [5]], VAS(2.0, 60), {"g": 1.0}, SamplingParams(0.9, 9, seed=3, ignore_eos=True)
+        )
+        for graphs in (True, False)
+    )
+    same(found, expected)
+
+
+def test_rows_leap_only_where_that_pays(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head's rows leap in any case, beside those of a LoRA that do not."""
+    engine = engines[1]
+    if engine.runner.ways.way != "auto":
+        pytest.skip("the engine is told which way to go")
+    for pays in (True, False):
+        monkeypatch.setattr(engine.runner.ways, "_pays", lambda *_, pays=pays: pays)
+        asked = (PROMPTS[:2], VAS(4.0, 10), [{"head": 1.0}, {"lora": 1.0}])
+        engine.generate(*asked, SamplingParams(0.9, 5, seed=1, ignore_eos=True))
+        assert engine.runner._programs is not None
+        last = list(engine.runner._programs._made.values())[-1]
+        assert last.leapers == ({"head", "lora"} if pays else {"head"})
 
 
 def test_what_graphs_cannot_be_had_with() -> None:
