@@ -82,6 +82,6 @@ def test_graphs_draw_the_same_tokens(
         programs = engine.runner._programs
         assert (programs is not None) == graphs
         if programs is not None:
-            assert all(program._graphs for program in programs._made.values())
+            assert all(program.fixed.graphs for program in programs._made.values())
         assert all(cache.in_use == 0 for cache in engine.stats.caches.values())
     assert found[0] == found[1] == found[2] == found[3]

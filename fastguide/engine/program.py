@@ -32,10 +32,9 @@ from torch import Tensor
 
 from fastguide.cache import CachedSequence, OutOfSlots
 from fastguide.config import Plain
+from fastguide.engine.fixed import FixedStep, Group
 from fastguide.engine.rows import Row
-from fastguide.engine.sampler import Candidates, RowBatch, Step, draw, top_candidates
-from fastguide.kernels import TreeLayout
-from fastguide.models.attention import AttentionPlan
+from fastguide.engine.sampler import RowBatch, Step
 from fastguide.models.decoder import Decoder
 from fastguide.models.loading import one_line
 from fastguide.scorer import Scorer, TreeScorer
@@ -43,28 +42,6 @@ from fastguide.scorer import Scorer, TreeScorer
 FAILED = "a step of fixed shapes failed, and is laid out on the host"
 BLOCK = 16
 """Slots of tokens to come that a lane gets at once, beside those of its candidates."""
-
-
-class Group(NamedTuple):
-    """Tracks of one decoder that go through it together: one per guide, or the policy's."""
-
-    decoder: Decoder
-    guides: list[str | None]
-    """In the order of their adapters; None is the policy."""
-    rows: int
-    """Of a lane in a pass: its last token, and its candidates, if any."""
-    tables: Tensor
-    """``[T, B, L]`` int32."""
-    segments: Tensor | None
-    """Of the rows of each adapter."""
-
-
-class Captured(NamedTuple):
-    """A step as a graph, and what it leaves beside its numbers."""
-
-    graph: torch.cuda.CUDAGraph
-    candidates: Candidates
-    scores: Tensor
 
 
 class Flight(NamedTuple):
@@ -106,39 +83,21 @@ class StepProgram:
             length: L, most tokens of a lane, candidates included.
             leapers: guides on the policy's weights whose rows leap; none in two-phase steps.
         """
-        self.policy, self.scorers = policy, dict(scorers)
-        self.lanes, self.width = lanes, min(width, policy.vocabulary)
+        self.scorers = dict(scorers)
+        self.lanes = lanes
         self.leapers = frozenset(leapers)
-        # Rows without guides want more candidates than guides read, to draw from.
-        self._columns = max(self.width, Plain().lower(1.0).k) + 1
         self.rows: list[Row | None] = [None] * lanes
-        device = policy.device
-        self._length = torch.ones(lanes, dtype=torch.int64, device=device)
-        self._token = torch.zeros(lanes, dtype=torch.int64, device=device)
-        self._taken = torch.zeros(lanes, dtype=torch.bool, device=device)
-        """Whether a lane has a row; others stay as they are."""
-        self._reads = torch.zeros(lanes, dtype=torch.int64, device=device)
-        """How many of its candidates the policy reads."""
-        self._open = torch.zeros(lanes, dtype=torch.bool, device=device)
+        self._device = policy.device
+        width = min(width, policy.vocabulary)
+        # Rows without guides want more candidates than guides read, to draw from.
+        self._columns = max(width, Plain().lower(1.0).k) + 1
+        self.fixed = FixedStep(
+            policy, scorers, lanes, width, length, leapers, batch=self._row_batch()
+        )
+        """The device's part."""
         self._known = [False] * lanes
-        """The same after the last step that the host has read."""
-        self._logits: Tensor | None = None
-        """``[B, V]``, of open lanes."""
-        self._groups = self._grouped(length)
-        own = self._groups[0]
-        self._first = own._replace(guides=[None], rows=1, tables=own.tables[:1], segments=None)
-        """The policy's last tokens."""
-        self._batch = self._row_batch()
-        self._out = torch.zeros(8, lanes, dtype=torch.float64, device=device)
-        self.candidates: Candidates | None = None
-        """Of the last step."""
-        self.scores: Tensor | None = None
-        """``[G, B, columns]`` of the last step."""
+        """Whether a lane was open after the last step that was read."""
         self._flight: Flight | None = None
-        self._graphs: dict[bool, Captured] = {}
-        self._capturable = True
-
-    # ----------------------------------------------------------------------------- the host's part
 
     def step(self, rows: Sequence[Row]) -> tuple[Step, list[int | None]]:
         """Advance rows by one token; those without a token (-1) stay as they are.
@@ -177,6 +136,12 @@ class StepProgram:
         scored = [0 if not row.weights or row.settled(int(n)) else int(n) for n, row in pairs]
         whole = [int(t) for t in tokens], [int(s) for s in sources]
         return Step(*whole, scores, logprobs, base, kl, scored), lanes
+
+    def _launch(self) -> Flight:
+        """Have the device begin a step with those who are seated."""
+        lanes = {row: lane for lane, row in enumerate(self.rows) if row is not None}
+        first = not all(self._known[lane] for lane in lanes.values())
+        return Flight(lanes, *self.fixed.launch(first))
 
     def _launch_ahead(self, rows: Sequence[Row], unread: Collection[Row] = ()) -> bool:
         """Have the device begin the next step; False if it cannot, and its state is uncertain.
@@ -226,16 +191,12 @@ class StepProgram:
             new = {lane: row for lane in changed if (row := self.rows[lane]) is not None}
             self._enter(list(new.values()))
             self._clear(changed)
-            self._batch = self._row_batch(self._batch)
-            at = torch.tensor(list(new), device=self._length.device, dtype=torch.int64)
-            lengths = torch.tensor([len(row.sequence) for row in new.values()], dtype=torch.int64)
-            last = torch.tensor([row.sequence.tokens[-1] for row in new.values()])
+            self.fixed.parametrize(self._row_batch())
+            lengths = [len(row.sequence) for row in new.values()]
+            last = [row.sequence.tokens[-1] for row in new.values()]
             reads = [self._read_by_policy(row) for row in new.values()]
-            self._taken[at] = True
-            self._length[at] = lengths.to(at.device)
-            self._token[at] = last.to(at.device, torch.int64)
-            self._reads[at] = torch.tensor(reads, dtype=torch.int64).to(at.device)
-        for group in self._groups:
+            self.fixed.enter(list(new), lengths, last, reads)
+        for group in self.fixed.groups:
             self._supply(group, set(changed), unread)
 
     def _enter(self, rows: Sequence[Row]) -> None:
@@ -252,12 +213,8 @@ class StepProgram:
             scorer.decoder.prefill([s for s in states if len(s.pending) > 1], keep=1)
 
     def _clear(self, lanes: list[int]) -> None:
-        """Have lanes read and write slots that are nobody's: others may get theirs."""
-        at = torch.tensor(lanes, device=self._length.device)
-        for group in self._groups:
-            group.tables[:, at] = group.decoder.pool.blank
-        self._length[at], self._token[at] = 1, 0
-        self._reads[at], self._open[at], self._taken[at] = 0, False, False
+        """Nobody is in these lanes now."""
+        self.fixed.clear(lanes)
         for lane in lanes:
             self._known[lane] = False
 
@@ -270,7 +227,7 @@ class StepProgram:
         _, lanes, length = group.tables.shape
         places: list[np.ndarray] = []
         slots: list[np.ndarray] = []
-        most = sum(len(g.guides) * (g.rows + BLOCK) for g in self._groups)
+        most = sum(len(g.guides) * (g.rows + BLOCK) for g in self.fixed.groups)
         block = BLOCK if group.decoder.pool.available() >= lanes * most else 0
         for t, name in enumerate(group.guides):
             for lane, row in enumerate(self.rows):
@@ -305,211 +262,20 @@ class StepProgram:
         state = row.sequence if name is None else row.states.get(name)
         return state if isinstance(state, CachedSequence) else None
 
-    def _row_batch(self, held: RowBatch | None = None) -> RowBatch:
-        """The parameters of all lanes; written over those that are held, which graphs read."""
+    def _row_batch(self) -> RowBatch:
+        """The parameters of all lanes."""
         nobody = Plain().lower(1.0)._replace(k=1)
         built = RowBatch.build(
             [nobody if row is None else row.parameters for row in self.rows],
             [0 if row is None else row.seed for row in self.rows],
             [{} if row is None else row.weights for row in self.rows],
             list(self.scorers),
-            self.policy.device,
+            self._device,
         )
         mass = built.mass
         if mass is None:
-            mass = torch.ones(self.lanes, dtype=torch.float64, device=self.policy.device)
-        built = dataclasses.replace(built, mass=mass, width=self._columns)
-        if held is None:
-            return built
-        for name in ("count", "mode", "scale", "weight", "inv_temperature", "seed", "mass"):
-            getattr(held, name).copy_(getattr(built, name))
-        held.guide_weights.copy_(built.guide_weights)
-        return held
-
-    # --------------------------------------------------------------------------- the device's part
-
-    def _grouped(self, length: int) -> list[Group]:
-        """All that goes through models in a step: the policy, then guides by their decoders."""
-
-        def adapter_of(name: str | None) -> int:
-            adapter = None if name is None else self.scorers[name].adapter
-            return -1 if adapter is None else adapter
-
-        of_policy: list[str | None] = [None]
-        # Heads on the policy's states need no rows of their own where it reads the candidates.
-        of_policy += [name for name in self.leapers if adapter_of(name) >= 0]
-        decoders: dict[int, tuple[Decoder, list[str | None]]] = {}
-        for name, scorer in self.scorers.items():
-            if name not in self.leapers:
-                decoders.setdefault(id(scorer.decoder), (scorer.decoder, []))[1].append(name)
-        parts = [(self.policy, of_policy), *decoders.values()]
-        groups = []
-        for decoder, guides in parts:
-            guides.sort(key=adapter_of)
-            rows = 1 if guides == [None] and not self.leapers else 1 + self.width
-            numbers = np.repeat([adapter_of(name) for name in guides], self.lanes * rows)
-            shape = len(guides), self.lanes, length
-            tables = torch.full(shape, decoder.pool.blank, dtype=torch.int32, device=decoder.device)
-            segments = None
-            if max(numbers) >= 0:
-                edges = np.searchsorted(numbers, np.arange(len(decoder.adapters) + 1))
-                segments = torch.from_numpy(edges.astype(np.int32)).to(decoder.device)
-            groups.append(Group(decoder, guides, rows, tables, segments))
-        return groups
-
-    def _launch(self) -> Flight:
-        """Have the device begin a step."""
-        if self.policy.device.type == "cuda":  # graphs and events are the current device's
-            with torch.cuda.device(self.policy.device):
-                return self._launch_here()
-        return self._launch_here()
-
-    def _launch_here(self) -> Flight:
-        """A step: on a GPU the graph of it, which the first one captures."""
-        first = any(row and not known for row, known in zip(self.rows, self._known, strict=True))
-        captured = self._graphs.get(first)
-        if captured is None and self.policy.device.type == "cuda" and self._capturable:
-            try:
-                captured = self._graphs[first] = self._capture(first)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # something in a model waits for the device
-                self._capturable = False
-                warnings.warn(
-                    f"steps are not replayed as CUDA graphs: {one_line(error)}", stacklevel=2
-                )
-        if captured is not None:
-            captured.graph.replay()
-            self.candidates, self.scores = captured.candidates, captured.scores
-        else:
-            self.candidates, self.scores = self._compute(first)
-        lanes = {row: lane for lane, row in enumerate(self.rows) if row is not None}
-        if not self._out.is_cuda:
-            return Flight(lanes, self._out.clone(), None)
-        numbers = torch.empty(self._out.shape, dtype=self._out.dtype, pin_memory=True)
-        numbers.copy_(self._out, non_blocking=True)
-        there = torch.cuda.Event()
-        there.record()
-        return Flight(lanes, numbers, there)
-
-    def _capture(self, first: bool) -> Captured:
-        """The step as a graph; the lanes are left as they were."""
-        device, state = self.policy.device, [self._length, self._token, self._open]
-        if self._logits is not None:
-            state.append(self._logits)
-        held = [column.clone() for column in state]
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # kernels are compiled, and libraries take their memory
-            for _ in range(2):
-                self._compute(first)
-                for column, before in zip(state, held, strict=True):
-                    column.copy_(before)
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            left = self._compute(first)
-        return Captured(graph, *left)
-
-    @torch.inference_mode()
-    def _compute(self, first: bool) -> tuple[Candidates, Tensor]:
-        """The step itself: nothing in it depends on numbers that only the device has.
-
-        Args:
-            first: whether the policy reads the last tokens first, for lanes that are not open.
-
-        Returns:
-            the candidates, and what guides say of them, ``[G, B, columns]`` fp32.
-        """
-        logits = self._policy_logits(first)
-        candidates = top_candidates(logits, self._batch)
-        batch = self._batch.narrowed(candidates)
-        last, ids = self._token[:, None], candidates.ids[:, : self.width].long()
-        asked = torch.arange(ids.shape[1], device=ids.device) < batch.count[:, None]
-        # In place of others the last token: a row must not see NaN that it did not ask for.
-        ids = torch.where(asked & (ids >= 0), ids, last)
-        tokens = torch.cat([last, ids], 1)
-        states: dict[str | None, Tensor] = {}
-        for group in self._groups:
-            if group.rows > 1:
-                hidden = self._pass(group, tokens).view(len(group.guides), *tokens.shape, -1)
-                states.update(zip(group.guides, hidden, strict=True))
-        scores = candidates.values.new_zeros(
-            len(self.scorers), *candidates.values.shape, dtype=torch.float32
-        )
-        for g, (name, scorer) in enumerate(self.scorers.items()):
-            read = states[name if name in states else None][:, 1:]
-            values = scorer.values(read.flatten(0, 1)).view(ids.shape)
-            # A token that the guide does not know has no score, which its row is told.
-            values = values.masked_fill(ids >= scorer.vocabulary, float("nan"))
-            used = batch.guide_weights[g] != 0
-            scores[g, :, : ids.shape[1]] = torch.where(used[:, None] & asked, values, 0.0)
-        drawn = draw(logits, candidates, scores, batch, self._length)
-        moves = (drawn.token >= 0) & self._taken
-        if self.leapers:
-            self._open.copy_((drawn.source >= 0) & (drawn.source < self._reads))
-            place = (drawn.source.long() + 1).clamp(0, ids.shape[1])
-            at = place[:, None, None].expand(-1, 1, states[None].shape[-1])
-            assert self._logits is not None
-            self._logits.copy_(self.policy.logits(states[None].gather(1, at)[:, 0]))
-        columns = [column.double() for column in (*drawn, batch.count, self._open)]
-        self._out.copy_(torch.stack(columns))
-        self._token.copy_(torch.where(moves, drawn.token, self._token))
-        self._length.add_(moves.long())
-        return candidates, scores
-
-    def _policy_logits(self, first: bool) -> Tensor:
-        """``[B, V]``: of last tokens read now, unless the lane is open."""
-        if not first:
-            assert self._logits is not None
-            return self._logits
-        fresh = self._pass(self._first, self._token[:, None])
-        if not self.leapers:
-            return fresh
-        if self._logits is None:
-            self._logits = fresh.clone()
-        return torch.where(self._open[:, None], self._logits, fresh)
-
-    def _pass(self, group: Group, tokens: Tensor) -> Tensor:
-        """One pass of a group over ``tokens`` ``[B, R]`` of every lane.
-
-        Returns:
-            hidden states in order; of a group of one row for each lane, the policy's logits.
-        """
-        tracks, lanes, length = group.tables.shape
-        rows = group.rows
-        # Lanes that do not use a guide go through it all the same, within what it knows.
-        tokens = tokens[:, :rows].clamp(max=group.decoder.vocabulary - 1)
-        step = torch.arange(rows, device=tokens.device)
-        last = self._length[:, None] - 1
-        index = last + step  # of each row's own slot
-        places = last + (step > 0)  # its position: candidates are all next
-        trunk, branch = last + (step > 0), torch.where(step > 0, index, last)
-        slots = group.tables.gather(2, index.expand(tracks, lanes, rows))
-        requests = torch.arange(tracks * lanes + 1, device=tokens.device, dtype=torch.int32)
-
-        def of_all(columns: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-            return columns.expand(tracks, *columns.shape).reshape(-1).to(dtype)
-
-        layout = TreeLayout(
-            slots=group.tables.view(-1),
-            slot_starts=requests[:-1] * length,
-            slot_counts=of_all(self._length + (rows - 1)),
-            row_starts=requests * rows,
-            trunk=of_all(trunk),
-            branch=of_all(branch),
-            max_slots=length,
-            max_rows=rows,
-        )
-        pool, targets = group.decoder.pool, slots.reshape(-1).long()
-        targets = torch.where(targets == pool.blank, pool.spare, targets)
-        plan = AttentionPlan(pool, targets, layout, fixed=True)
-        if group.decoder.context is not None:
-            places = places.clamp(max=group.decoder.context - 1)
-        ids, positions = of_all(tokens, torch.int64), of_all(places, torch.int64)
-        if rows == 1:
-            return group.decoder.logits_of(ids, positions, plan)
-        return group.decoder.states_of(ids, positions, plan, group.segments)
+            mass = torch.ones(self.lanes, dtype=torch.float64, device=self._device)
+        return dataclasses.replace(built, mass=mass, width=self._columns)
 
 
 LANES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)

@@ -198,10 +198,11 @@ class ModelRunner:
         self.ways.taken[way] += 1
         for i, (row, lane) in enumerate(zip(rows, lanes, strict=True)):
             if step.tokens[i] < 0 and lane is not None:
-                assert program.candidates is not None
-                assert program.scores is not None
-                scores = dict(zip(program.scorers, program.scores[:, lane], strict=True))
-                row.error = _failure(row, program.candidates.lse[lane], scores)
+                fixed = program.fixed
+                assert fixed.candidates is not None
+                assert fixed.scores is not None
+                scores = dict(zip(fixed.scorers, fixed.scores[:, lane], strict=True))
+                row.error = _failure(row, fixed.candidates.lse[lane], scores)
         known = [n > 0 and source >= 0 for n, source in zip(step.scored, step.sources, strict=True)]
         return step, [s if k else None for s, k in zip(step.scores, known, strict=True)]
 

@@ -290,7 +290,7 @@ def test_lanes_that_nobody_is_in_stay_as_they_are(tiny_engine: Make) -> None:
     assert engine.runner._programs is not None
     programs = [p for p in engine.runner._programs._made.values() if p.lanes == 4]
     assert programs
-    assert all(p._length[3] == 1 for p in programs)
+    assert all(p.fixed.length[3] == 1 for p in programs)
 
 
 class Broken:
