@@ -155,6 +155,25 @@ def apart(name: str) -> str:
     return difference_table(experiment(name)["differences"]).rstrip()
 
 
+def rates() -> str:
+    """Held-out errors of guides by learning rate, as far as rates were tried."""
+    tried = experiment("guides")["tried"]
+    every = sorted({float(rate) for found in tried.values() for rate in found})
+    lines = [
+        "| what is trained | " + " | ".join(f"{rate:g}" for rate in every) + " |",
+        "| --- |" + " ---: |" * len(every),
+    ]
+    for kind, found in tried.items():
+        errors = {float(rate): error for rate, error in found.items()}
+        best = min(errors.values())
+        cells = [f"{errors[r]:.3f}" if r in errors else "" for r in every]
+        cells = [
+            f"**{c}**" if errors.get(r) == best else c for r, c in zip(every, cells, strict=True)
+        ]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def accuracies() -> str:
     """How often reward models prefer the chosen text of held-out pairs."""
     lines = ["| pairs | accuracy |", "| --- | ---: |"]
@@ -199,6 +218,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "guides": {
         "errors": functools.partial(errors, "guides"),
+        "rates": rates,
         "equal-kl": functools.partial(equal_kl, "guides", (1.0, 2.0, 4.0, 6.0)),
         "differences": functools.partial(apart, "guides"),
     },

@@ -50,8 +50,14 @@ KLS = (1.0, 2.0, 3.0, 4.0, 8.0)
 """At which methods are compared, in nats per response."""
 
 
-def options(title: str, **more: int) -> argparse.Namespace:
-    """The command line of an experiment; ``more`` are further numbers with their defaults."""
+def options(title: str, flags: Mapping[str, str] | None = None, **more: int) -> argparse.Namespace:
+    """The command line of an experiment.
+
+    Args:
+        title: what ``--help`` says.
+        flags: further switches, and what they do.
+        more: further numbers with their defaults.
+    """
     parser = argparse.ArgumentParser(description=title)
     add = parser.add_argument
     stories = ROOT.parent / "shared/data/stories"
@@ -61,6 +67,8 @@ def options(title: str, **more: int) -> argparse.Namespace:
     numbers = {"prompts": 6000, "judged": 64, "seeds": 3, "processes": os.cpu_count() or 1}
     for name, default in (numbers | more).items():
         add(f"--{name}", type=int, default=default, help=f"default {default}")
+    for name, what in (flags or {}).items():
+        add(f"--{name}", action="store_true", help=what)
     return parser.parse_args()
 
 

@@ -42,14 +42,15 @@ BETAS = (2.0, 4.0, 8.0)
 KLS = (1.0, 2.0, 4.0, 6.0)
 SHARES = (8, 3)
 """Of the prompts: an eighth and a third."""
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-WIDER: dict[str, tuple[float, ...]] = {
-    "half the layers": (1e-4, *RATES),
-    "frozen, linear": (*RATES, 3e-2, 1e-1),
-    "frozen, mlp": (*RATES, 3e-2, 1e-1),
+RATES: dict[str, tuple[float, ...]] = {
+    "LoRA": (3e-4, 1e-3, 3e-3, 1e-2),
+    "half the layers": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "frozen, linear": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    "frozen, mlp": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
-"""Where the best would lie at the end of ``RATES``. All rates are tried on all responses, with the
-first seed: what is best for few steps may be far too high for many."""
+"""Tried by ``--tune``, on all responses: what is best for few steps may be too high for many."""
+TUNED = {"LoRA": 3e-3, "half the layers": 3e-4, "frozen, linear": 1e-2, "frozen, mlp": 1e-2}
+"""What it found."""
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora_rank": 16},
     "half the layers": {"lora_rank": None},
@@ -61,7 +62,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Run all stages; see ``--help``."""
-    asked = options(__doc__ or "", prompts=2000, halves=128)
+    flags = {"tune": "try learning rates again, which is 17 trainings more"}
+    asked = options(__doc__ or "", flags, prompts=2000, halves=128)
     seeds = range(asked.seeds)
     halves = asked.work / f"halves-{asked.halves}"
     sizes = {
@@ -79,8 +81,11 @@ def main() -> None:
         )
         monte_carlo(other_held_out(asked), halves, MAX_TOKENS, REWARD)
         make_small(small(asked))
-    with stage("learning rates"):
-        rates = choose_rates(asked)
+    rates, tried = TUNED, {}
+    if asked.tune:
+        with stage("learning rates"):
+            tried = try_rates(asked)
+            rates = {kind: min(found, key=found.__getitem__) for kind, found in tried.items()}
     with stage("guides"):
         jobs: list[Job] = []
         for seed in seeds:
@@ -112,7 +117,8 @@ def main() -> None:
         results = measure(studies, asked.processes)
     folder = asked.results / "guides"
     apart = paired(studies, [(whole, other) for other in names if other != whole], KLS)
-    write(folder, results, asked, errors=errors, learning_rates=rates, differences=apart)
+    found = {"errors": errors, "learning_rates": rates, "tried": tried, "differences": apart}
+    write(folder, results, asked, **found)
     for file, others, title in (
         ("responses.png", sizes, "Responses trained on"),
         ("weights.png", KINDS, "What is trained"),
@@ -165,10 +171,9 @@ def how(kind: str, rate: float) -> dict[str, Any]:
     return {"learning_rate": rate, "model": KINDS[kind]}
 
 
-def choose_rates(asked: argparse.Namespace) -> dict[str, float]:
-    """Each kind's learning rate with the lowest validation error, by guides of the first seed."""
-    rates = {kind: WIDER.get(kind, RATES) for kind in KINDS}
-    tried = [(kind, rate) for kind in KINDS for rate in rates[kind]]
+def try_rates(asked: argparse.Namespace) -> dict[str, dict[float, float]]:
+    """Held-out errors of the first seed's guides, by kind and learning rate."""
+    tried = [(kind, rate) for kind in KINDS for rate in RATES[kind]]
     parallel(
         [job(asked, at_rate(kind, r), 0, asked.prompts, **how(kind, r)) for kind, r in tried],
         asked.processes,
@@ -178,7 +183,7 @@ def choose_rates(asked: argparse.Namespace) -> dict[str, float]:
         folder = guide_folder(asked.work, slug(at_rate(kind, rate)), 0)
         return float(metrics_of(folder)["eval_mse"])
 
-    return {k: min(those, key=functools.partial(error, k)) for k, those in rates.items()}
+    return {kind: {rate: error(kind, rate) for rate in RATES[kind]} for kind in KINDS}
 
 
 def study(asked: argparse.Namespace, names: dict[str, str], seed: int) -> Study:
