@@ -100,7 +100,7 @@ class Engine:
             graphs: make steps of fixed shapes where all guides are decoders on the policy's device,
                 and replay them as CUDA graphs on a GPU; on a CPU they run as they come.
             compile: have ``torch.compile`` fuse the small operations of all models' layers, but for
-                those that run as a native stack on a CPU; the first passes take minutes then.
+                those that run as a native stack on a CPU; the first passes take longer then.
 
         Raises:
             ValueError: for weights that are missing, corrupt, incomplete, unsupported or do not

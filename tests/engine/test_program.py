@@ -153,6 +153,28 @@ class Well:
         return TreeScorer(context.policy, lambda hidden: hidden[:, 0])
 
 
+@pytest.mark.parametrize("weights", [{"g": 1.0}, {"head": 1.0}], ids=str)
+def test_the_next_step_is_on_its_way(tiny_engine: Make, weights: dict[str, float]) -> None:
+    """Who comes meanwhile has its first token a step later; what was begun for who left is lost."""
+    engine = tiny_engine(guides={"head": Well()}, max_rows=2, graphs=True)
+    sampling = SamplingParams(0.9, 9, seed=1, ignore_eos=True)
+    first, second = (engine.request(p, VAS(2.0, 3), weights, sampling) for p in ([1, 2], [3, 4]))
+    engine.loop.add(first)
+    assert [e.request for e in engine.loop.step()] == [first]
+    programs = engine.runner._programs
+    assert programs is not None
+    assert programs._active is not None
+    (row,) = programs._active.rows
+    assert row is not None
+    assert programs._active._flight is not None
+    assert list(programs._active._flight.lanes) == [row]
+    engine.loop.add(second)
+    while not engine.loop.idle:
+        engine.loop.step()
+    assert len(row.sequence) == 0  # closed
+    assert not any(in_use(engine))
+
+
 @pytest.mark.parametrize("prefixes", [True, False])
 @pytest.mark.parametrize("way", ["one-pass", "two-phase"])
 def test_a_crowd_in_a_short_pool(tiny_engine: Make, way: str, prefixes: bool) -> None:
